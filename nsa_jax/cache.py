@@ -1,0 +1,169 @@
+"""What decoding keeps of one layer, and how it grows.
+
+Per sequence: the keys and values of all tokens for the selected branch, the compressed tokens (1/d as many), the last w
+tokens of the window branch as a ring, and the last l tokens before compression, from which the next compressed token is made
+when its block completes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from nsa_jax.config import NSAConfig
+from nsa_jax.shapes import KeyValue
+
+
+class NSACache(NamedTuple):
+    """The cache of one attention layer: a pytree of arrays with fixed shapes, given to functions and returned by them.
+
+    `compressed` `[B, C, K, ...]` with C = `config.num_compressed(max_length)`; `selected` `[B, max_length, K, ...]`; `window`
+    `[B, w, K, ...]`, the token at position p in row `p % w`; `uncompressed` `[B, l, K, ...]`, likewise in row `p % l`; `lengths`
+    int32 `[B]`: tokens seen so far. Rows that nothing was written to are zero.
+    """
+
+    compressed: KeyValue
+    selected: KeyValue
+    window: KeyValue
+    uncompressed: KeyValue
+    lengths: Int32[Array, "B"]
+
+    @property
+    def max_length(self) -> int:
+        return self.selected.key.shape[1]
+
+
+def init_cache(
+    batch_size: int,
+    max_length: int,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    value_head_dim: int,
+    config: NSAConfig,
+    dtype: jnp.dtype,
+) -> NSACache:
+    """An empty cache for sequences of up to `max_length` tokens."""
+    for name, number in (("batch_size", batch_size), ("max_length", max_length)):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}={number!r} must be a positive integer")
+
+    def zeros(length: int) -> KeyValue:
+        shape = (batch_size, length, num_kv_heads)
+        return KeyValue(jnp.zeros((*shape, head_dim), dtype), jnp.zeros((*shape, value_head_dim), dtype))
+
+    return NSACache(
+        compressed=zeros(config.num_compressed(max_length)),
+        selected=zeros(max_length),
+        window=zeros(config.window),
+        uncompressed=zeros(config.compress_block),
+        lengths=jnp.zeros((batch_size,), jnp.int32),
+    )
+
+
+class Window(NamedTuple):
+    """Keys and values of the window branch for a chunk of queries: the last w tokens of the cache, then the chunk's own."""
+
+    keys_values: KeyValue
+    start: Int32[Array, "B"]  # position of the first; negative while the ring is not full
+
+
+def extend(
+    cache: NSACache,
+    *,
+    compression: KeyValue,
+    selected: KeyValue,
+    window: KeyValue,
+    num_real: Int32[Array, "B"],
+    compress: Callable[[KeyValue, Int32[Array, "B C"]], KeyValue],
+    config: NSAConfig,
+) -> tuple[NSACache, Window]:
+    """Append T tokens, of which the first `num_real[b]` of sequence b are real; the others leave no trace.
+
+    Args:
+        cache: as it was.
+        compression, selected, window: each branch's new keys and values, `[B, T, K, ...]`; those for compression are as phi
+            reads them, the others as attention does.
+        num_real: int32 `[B]`, each from 0 to T.
+        compress: from uncompressed keys and values `[B, X, K, ...]` and the positions `[B, C]` of the compressed tokens that
+            they give, to those compressed tokens as attention reads them.
+        config: sizes.
+
+    Returns:
+        The cache with the new tokens, and the window branch's keys and values for the T queries. A token at `max_length` or
+        beyond is counted in `lengths` and not written.
+    """
+    num_new = selected.key.shape[1]
+    real = jnp.arange(num_new, dtype=jnp.int32)[None, :] < num_real[:, None]
+    # A token that is not real may hold anything, NaN too: it must not meet a real one in a product with zero.
+    compression, selected, window = jax.tree.map(
+        lambda x: jnp.where(real[:, :, None, None], x, 0), (compression, selected, window)
+    )
+    positions = cache.lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
+
+    unrolled = _unroll(cache.window, cache.lengths)
+    keys_values = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), unrolled, window)
+    grown = NSACache(
+        compressed=_extend_compressed(cache, compression, num_real, compress, config),
+        selected=_write(cache.selected, selected, positions, real),
+        window=_write_ring(cache.window, window, positions, num_real),
+        uncompressed=_write_ring(cache.uncompressed, compression, positions, num_real),
+        lengths=cache.lengths + num_real,
+    )
+    return grown, Window(keys_values, cache.lengths - config.window)
+
+
+def _extend_compressed(
+    cache: NSACache,
+    new: KeyValue,
+    num_real: Int32[Array, "B"],
+    compress: Callable[[KeyValue, Int32[Array, "B C"]], KeyValue],
+    config: NSAConfig,
+) -> KeyValue:
+    l, d = config.compress_block, config.compress_stride
+    have = _num_compressed(cache.lengths, config)
+    count = -(-new.key.shape[1] // d)  # T more tokens complete at most ceil(T / d) blocks
+    # The next block starts at token have * d, at most l - 1 tokens ago, so the last l tokens and the new ones hold it.
+    recent = _unroll(cache.uncompressed, cache.lengths)
+    tokens = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), recent, new)
+    row = (have * d - (cache.lengths - l))[:, None] + jnp.arange((count - 1) * d + l, dtype=jnp.int32)[None, :]
+    tokens = _take(tokens, jnp.minimum(row, tokens.key.shape[1] - 1))
+    index = have[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
+    complete = index < _num_compressed(cache.lengths + num_real, config)[:, None]
+    return _write(cache.compressed, compress(tokens, index * d), index, complete)
+
+
+def _num_compressed(lengths: Int32[Array, "B"], config: NSAConfig) -> Int32[Array, "B"]:
+    return jnp.maximum(0, (lengths - config.compress_block) // config.compress_stride + 1)
+
+
+def _take(x: KeyValue, rows: Int32[Array, "B X"]) -> KeyValue:
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, rows[:, :, None, None], axis=1), x)
+
+
+def _unroll(ring: KeyValue, lengths: Int32[Array, "B"]) -> KeyValue:
+    """The ring's tokens in the order of their positions, `length - size .. length - 1`."""
+    size = ring.key.shape[1]
+    return _take(ring, (lengths[:, None] - size + jnp.arange(size, dtype=jnp.int32)[None, :]) % size)
+
+
+def _write(x: KeyValue, new: KeyValue, rows: Int32[Array, "B X"], keep: Bool[Array, "B X"]) -> KeyValue:
+    """`x` with the rows that `keep` names replaced by `new`; rows beyond its end are dropped."""
+    rows = jnp.where(keep, rows, x.key.shape[1])
+
+    def write(x: Float[Array, "B L K D"], new: Float[Array, "B X K D"]) -> Float[Array, "B L K D"]:
+        return jax.vmap(lambda x, rows, new: x.at[rows].set(new.astype(x.dtype), mode="drop"))(x, rows, new)
+
+    return jax.tree.map(write, x, new)
+
+
+def _write_ring(
+    ring: KeyValue, new: KeyValue, positions: Int32[Array, "B X"], num_real: Int32[Array, "B"]
+) -> KeyValue:
+    # Of several tokens that fall on one row of the ring, the last real one stays.
+    size = ring.key.shape[1]
+    index = jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :]
+    keep = (index < num_real[:, None]) & (index >= num_real[:, None] - size)
+    return _write(ring, new, positions % size, keep)

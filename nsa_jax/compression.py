@@ -1,0 +1,236 @@
+"""phi: the map from the tokens of a compression block to one compressed token (eq. 7), with and without parameters.
+
+Every phi reads `[B, S, K, D]` and gives `[B, C, K, D]`, for keys (D = H) or values (D = V); its parameters are shared by
+the K heads. The paper leaves its form open: "a learnable MLP with intra-block position encoding".
+
+Blocks overlap l/d times. To copy tokens into blocks would take l/d times their memory, so all maps here work on *units* of
+d tokens: unit u is part r of block u - r, for r = 0 .. l/d - 1, and a block is the sum of its parts.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float
+
+from nsa_jax.config import NSAConfig
+
+Tokens = Float[Array, "B S K D"]
+Compressed = Float[Array, "B C K D"]
+
+
+def mean_compress(tokens: Tokens, *, config: NSAConfig) -> Compressed:
+    """The mean of each block: phi without parameters.
+
+        out[i] = mean(tokens[i*d : i*d + l])
+
+    Args:
+        tokens: `[B, S, K, D]`, keys (not yet rotated) or values.
+        config: its `compress_block` l and `compress_stride` d.
+
+    Returns:
+        `[B, C, K, D]` in the tokens' dtype, C = `config.num_compressed(S)`; summed in float32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from nsa_jax import NSAConfig, mean_compress
+        >>> config = NSAConfig(compress_block=4, compress_stride=2, select_block=4)
+        >>> mean_compress(jnp.arange(7.0).reshape(1, 7, 1, 1), config=config).ravel().tolist()
+        [1.5, 3.5]
+    """
+    units = _units(tokens.astype(jnp.float32), config).sum(axis=2)  # [B, U, K, D]
+    total = _sum_parts([units] * _num_parts(config), _num_compressed(tokens, config))
+    return (total / config.compress_block).astype(tokens.dtype)
+
+
+class MeanCompression(nnx.Module):
+    """`mean_compress` as a module without parameters."""
+
+    def __init__(self, size: int, *, config: NSAConfig, rngs: nnx.Rngs, **unused: object):
+        self.config = config
+
+    def __call__(self, tokens: Tokens) -> Compressed:
+        return mean_compress(tokens, config=self.config)
+
+
+class LinearCompression(nnx.Module):
+    """A linear map of the flattened block, with intra-block position embedding.
+
+        out[i] = sum over j < l of W[j] (tokens[i*d + j] + position[j])
+
+    Args:
+        size: D, of a token and of its compressed token.
+        config: sizes of the block.
+        dtype, param_dtype, kernel_init: as in `flax.nnx.Linear`.
+        rngs: random streams.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        config: NSAConfig,
+        rngs: nnx.Rngs,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        **unused: object,
+    ):
+        self.blocks = _BlockLinear(
+            size, size, config=config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init
+        )
+
+    def __call__(self, tokens: Tokens) -> Compressed:
+        return self.blocks(tokens)
+
+
+class MLPCompression(nnx.Module):
+    """The paper's learnable MLP: position embedding added, the block flattened, two layers.
+
+        out[i] = W2 gelu(sum over j < l of W1[j] (tokens[i*d + j] + position[j])) + b2
+
+    Args:
+        size: D, of a token and of its compressed token.
+        hidden: width between the layers; `2 * size` if None. With l=32, D=128 a hidden layer as wide as the flattened
+            block would cost as much as the window branch.
+        config, dtype, param_dtype, kernel_init, rngs: as in `LinearCompression`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        config: NSAConfig,
+        rngs: nnx.Rngs,
+        hidden: int | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        **unused: object,
+    ):
+        hidden = 2 * size if hidden is None else hidden
+        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init)
+        self.blocks = _BlockLinear(size, hidden, config=config, **kwargs)
+        self.out = nnx.Linear(hidden, size, **kwargs)
+
+    def __call__(self, tokens: Tokens) -> Compressed:
+        return self.out(jax.nn.gelu(self.blocks(tokens)))
+
+
+class GatedPoolCompression(nnx.Module):
+    """Softmax-gated pooling: each channel is a weighted mean of its block, the weights from the tokens and their places.
+
+        weight[i, j] = softmax over j < l of (Wg tokens[i*d + j] + position[j])
+        out[i] = sum over j of weight[i, j] * tokens[i*d + j]
+
+    The form of DeepSeek-V4's compressed attention; more general than the mean, at which it starts.
+
+    Args:
+        size: D, of a token and of its compressed token.
+        config, dtype, param_dtype, rngs: as in `LinearCompression`. The weights Wg and positions start at zero.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        config: NSAConfig,
+        rngs: nnx.Rngs,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        **unused: object,
+    ):
+        self.config = config
+        zeros = nnx.initializers.zeros_init()
+        self.gate = nnx.Linear(
+            size, size, use_bias=False, kernel_init=zeros, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.position = nnx.Param(jnp.zeros((config.compress_block, size), param_dtype))
+
+    def __call__(self, tokens: Tokens) -> Compressed:
+        logits = _units(self.gate(tokens).astype(jnp.float32), self.config)  # [B, U, d, K, D]
+        units = _units(tokens.astype(jnp.float32), self.config)
+        position = self.position[...].astype(jnp.float32)
+        position = position.reshape(_num_parts(self.config), self.config.compress_stride, 1, -1)
+
+        # The softmax of a block from those of its parts, by their highest logit, weight and weighted sum.
+        part_logits = [logits + position[r][None, None] for r in range(_num_parts(self.config))]
+        count = _num_compressed(tokens, self.config)
+        highest = _combine_parts([x.max(axis=2) for x in part_logits], count, jnp.maximum)  # [B, C, K, D]
+        highest = jax.lax.stop_gradient(highest)
+        weight = total = jnp.zeros_like(highest)
+        for r, logit in enumerate(part_logits):
+            # Each part is compared with the highest of the block that it is part r of.
+            exp = jnp.exp(logit[:, r : r + count] - highest[:, :, None])
+            weight += exp.sum(axis=2)
+            total += (exp * units[:, r : r + count]).sum(axis=2)
+        return (total / weight).astype(self.gate.dtype or tokens.dtype)
+
+
+COMPRESSIONS: dict[str, Callable[..., nnx.Module]] = {
+    "mean": MeanCompression,
+    "linear": LinearCompression,
+    "mlp": MLPCompression,
+    "gated_pool": GatedPoolCompression,
+}
+
+
+class _BlockLinear(nnx.Module):
+    """`sum over j < l of W[j] (tokens[i*d + j] + position[j])`, a matrix product of units for all parts at once."""
+
+    def __init__(
+        self,
+        size: int,
+        out_size: int,
+        *,
+        config: NSAConfig,
+        rngs: nnx.Rngs,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        kernel_init: Initializer,
+    ):
+        self.config, self.dtype = config, dtype
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (config.compress_block * size, out_size), param_dtype))
+        positions = nnx.initializers.normal(0.02)
+        self.position = nnx.Param(positions(rngs.params(), (config.compress_block, size), param_dtype))
+
+    def __call__(self, tokens: Tokens) -> Compressed:
+        dtype = jnp.result_type(tokens, self.kernel[...]) if self.dtype is None else self.dtype
+        tokens, kernel, position = (x.astype(dtype) for x in (tokens, self.kernel[...], self.position[...]))
+        size, out_size = tokens.shape[-1], kernel.shape[-1]
+        parts, stride = _num_parts(self.config), self.config.compress_stride
+        kernel = kernel.reshape(parts, stride, size, out_size)
+        products = jnp.einsum("busKi,psio->pbuKo", _units(tokens, self.config), kernel)  # u: unit, s: token, p: part
+        bias = jnp.einsum("psi,psio->o", position.reshape(parts, stride, size), kernel)
+        return _sum_parts(list(products), _num_compressed(tokens, self.config)) + bias[None, None, None, :]
+
+
+def _num_parts(config: NSAConfig) -> int:
+    return config.compress_block // config.compress_stride
+
+
+def _num_compressed(tokens: Tokens, config: NSAConfig) -> int:
+    return config.num_compressed(tokens.shape[1])
+
+
+def _units(tokens: Tokens, config: NSAConfig) -> Float[Array, "B U d K D"]:
+    """Tokens as units of d, `U = C + l/d - 1` of them: those that complete blocks touch."""
+    stride, count = config.compress_stride, _num_compressed(tokens, config)
+    num_units = count + _num_parts(config) - 1 if count else 0
+    batch, _, heads, size = tokens.shape
+    return tokens[:, : num_units * stride].reshape(batch, num_units, stride, heads, size)
+
+
+def _combine_parts(parts: list[Array], count: int, combine: Callable[[Array, Array], Array]) -> Array:
+    """`parts[r][:, u]` is what unit u gives as part r of block u - r: combined over the parts of each block."""
+    out = parts[0][:, :count]
+    for r, part in enumerate(parts[1:], start=1):
+        out = combine(out, part[:, r : r + count])
+    return out
+
+
+def _sum_parts(parts: list[Array], count: int) -> Array:
+    return _combine_parts(parts, count, jnp.add)

@@ -1,0 +1,148 @@
+"""Named problem cases, seeded inputs and the tolerance rule: one set for tests and benchmarks, for every implementation."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from nsa_jax.config import NSAConfig
+from nsa_jax.shapes import Gates, KeyValue, Position, Query, SegmentIds
+
+SMALL = NSAConfig(
+    compress_block=8, compress_stride=4, select_block=16, num_selected=4, num_initial=1, num_local=2, window=20
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem: sizes by name, in tokens or counts.
+
+    `query_start` is an int or one per sequence; `segments` gives the lengths of each sequence's packed documents.
+    """
+
+    config: NSAConfig = SMALL
+    batch: int = 1
+    queries: int = 70  # T
+    keys: int = 70  # S
+    heads: int = 4  # N
+    kv_heads: int = 2  # K
+    head_dim: int = 16  # H
+    value_head_dim: int = 16  # V
+    query_start: int | tuple[int, ...] = 0
+    segments: tuple[tuple[int, ...], ...] | None = None
+
+
+CASES: dict[str, Case] = {
+    "plain": Case(batch=2),
+    "one_token": Case(queries=1, keys=1),
+    "shorter_than_compress_block": Case(queries=7, keys=7),
+    "exactly_compress_block": Case(queries=8, keys=8),
+    "one_past_select_block": Case(queries=17, keys=17),
+    "odd_length": Case(queries=83, keys=83, heads=6, kv_heads=3, head_dim=12, value_head_dim=20),
+    "more_slots_than_blocks": Case(
+        config=dataclasses.replace(SMALL, num_selected=12), queries=61, keys=61, heads=2, kv_heads=1
+    ),
+    "group_1": Case(heads=3, kv_heads=3, queries=65, keys=65),
+    "group_16": Case(heads=16, kv_heads=1, queries=50, keys=50),
+    "head_sizes_differ": Case(head_dim=24, value_head_dim=8),
+    "no_overlap": Case(config=NSAConfig(16, 16, 16, 3, 1, 1, 9), queries=75, keys=75),
+    "deep_overlap": Case(config=NSAConfig(12, 3, 24, 3, 1, 1, 30), queries=97, keys=97),
+    "nothing_forced": Case(config=dataclasses.replace(SMALL, num_initial=0, num_local=0, num_selected=2)),
+    "many_forced": Case(config=dataclasses.replace(SMALL, num_initial=2, num_local=3, num_selected=6), queries=130, keys=130),
+    "window_1": Case(config=dataclasses.replace(SMALL, window=1)),
+    "window_longer_than_text": Case(config=dataclasses.replace(SMALL, window=200)),
+    "query_start": Case(queries=29, keys=90, query_start=61),
+    "query_start_per_sequence": Case(batch=3, queries=21, keys=80, query_start=(0, 37, 59)),
+    "one_query_late": Case(batch=2, queries=1, keys=77, query_start=(76, 40)),
+    "segments_aligned": Case(batch=2, queries=96, keys=96, segments=((32, 48, 16), (96,))),
+    "segments_unaligned": Case(batch=2, queries=91, keys=91, segments=((5, 1, 40, 45), (30, 3, 58))),
+    "segments_and_start": Case(batch=2, queries=30, keys=91, query_start=(61, 20), segments=((5, 41, 45), (30, 3, 58))),
+}
+
+
+class Inputs(NamedTuple):
+    """Arguments of `nsa_attention` for a case."""
+
+    query: Query
+    compressed: KeyValue
+    selected: KeyValue
+    window: KeyValue
+    gates: Gates
+    query_start: Position
+    window_start: Position
+    segment_ids: SegmentIds | None
+
+    def keywords(self) -> dict[str, Any]:
+        """All but the query, by name."""
+        return {name: value for name, value in self._asdict().items() if name != "query"}
+
+
+def make_inputs(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> Inputs:
+    """Seeded Gaussian inputs: drawn in float32, then rounded to `dtype`; gates uniform in [0, 1]."""
+    keys = jax.random.split(jax.random.key(seed), 8)
+
+    def normal(key: Array, length: int, heads: int, size: int) -> Array:
+        return jax.random.normal(key, (case.batch, length, heads, size), jnp.float32).astype(dtype)
+
+    def branch(keys: Array, length: int) -> KeyValue:
+        key = normal(keys[0], length, case.kv_heads, case.head_dim)
+        return KeyValue(key, normal(keys[1], length, case.kv_heads, case.value_head_dim))
+
+    segment_ids = None
+    if case.segments is not None:
+        rows = [np.repeat(np.arange(len(lengths)), lengths) for lengths in case.segments]
+        segment_ids = jnp.asarray(np.stack(rows), jnp.int32)
+    start = case.query_start
+    return Inputs(
+        query=normal(keys[0], case.queries, case.heads, case.head_dim),
+        compressed=branch(keys[1:3], case.config.num_compressed(case.keys)),
+        selected=branch(keys[3:5], case.keys),
+        window=branch(keys[5:7], case.keys),
+        gates=jax.random.uniform(keys[7], (case.batch, case.queries, case.heads, 3)).astype(dtype),
+        query_start=start if isinstance(start, int) else jnp.asarray(start, jnp.int32),
+        window_start=0,
+        segment_ids=segment_ids,
+    )
+
+
+def assert_as_accurate(
+    actual: Float[Array, "..."],
+    reference: Float[Array, "..."],
+    exact: Float[Array, "..."],
+    *,
+    name: str = "result",
+) -> None:
+    """The tolerance rule: an implementation errs at most twice as much as the reference does in the same dtype.
+
+        max |actual - exact| <= 2 * max |reference - exact| + floor
+
+    Args:
+        actual: what is judged, in its dtype.
+        reference: the xla implementation's result in that dtype.
+        exact: the xla implementation's result in float32 from the same (rounded) inputs.
+        name: for the message.
+
+    The floor is the rounding of the largest result to the dtype, and for float32 that of a sum of about a thousand terms.
+
+    Raises:
+        AssertionError: the error is larger, or something is not finite.
+    """
+    if actual.dtype != reference.dtype or actual.shape != exact.shape:
+        raise AssertionError(f"{name} is {actual.dtype}{actual.shape}, not {reference.dtype}{exact.shape}")
+    got, want, ideal = (np.asarray(x, np.float64) for x in (actual, reference, exact))
+    if not np.isfinite(got).all():
+        raise AssertionError(f"{name}: {np.count_nonzero(~np.isfinite(got))} of {got.size} numbers are not finite")
+    if not got.size:
+        return
+    terms = 32 if actual.dtype == jnp.float32 else 1
+    floor = terms * float(jnp.finfo(actual.dtype).eps) * np.abs(ideal).max()
+    error, allowed = np.abs(got - ideal).max(), 2 * np.abs(want - ideal).max() + floor
+    if error > allowed:
+        where = np.unravel_index(np.abs(got - ideal).argmax(), got.shape)
+        raise AssertionError(
+            f"{name}: error {error:.3g} at {tuple(int(i) for i in where)} exceeds {allowed:.3g} "
+            f"(twice the reference's {np.abs(want - ideal).max():.3g} plus {floor:.3g})"
+        )

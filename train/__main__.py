@@ -1,0 +1,186 @@
+"""`python -m train run PRESET`, `eval loss`, `generate`, `inspect`. jax is imported once the command line is understood."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from train.config import PRESETS, TrainConfig
+
+PROG = "python -m train"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArguments:
+    """Train a language model; the same command goes on with a run that was interrupted."""
+
+    run: Path | None = None
+    """Run folder; runs/NAME if not given, with -full or -window behind it for these attentions."""
+    config: TrainConfig = PRESETS["tiny"][1]
+
+
+def run_command(args: Sequence[str]) -> None:
+    presets = {
+        name: (description, RunArguments(config=config)) for name, (description, config) in PRESETS.items()
+    }
+    parsed = tyro.extras.overridable_config_cli(
+        presets,
+        prog=f"{PROG} run",
+        description="Train a language model. PRESET --help lists what can be changed.",
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    from train.loop import default_folder, train
+
+    train(parsed.config, parsed.run or default_folder(parsed.config))
+
+
+def eval_loss(
+    run: tuple[Path, ...],
+    split: Literal["validation", "test", "train"] = "validation",
+    text: str | None = None,
+    step: int | None = None,
+    output: Path | None = None,
+) -> None:
+    """Measure the loss of trained runs on held-out text, in nats per token and bits per byte.
+
+    Prints it overall and by position in the context; writes loss_SPLIT.json and, with all the runs in one figure,
+    loss_by_position.png.
+
+    Args:
+        run: Run folders, one or more.
+        split: Part of the run's own text to read.
+        text: Another text, read whole: "austen", "stdlib", a file, a folder or a glob.
+        step: Checkpoint to read; the last one if not given.
+        output: Folder for the results; the first run folder if not given.
+    """
+    from train import plots
+    from train.evaluate import evaluate_loss
+    from train.runs import open_run
+
+    table = {}
+    for folder in run:
+        opened = open_run(folder, step=step)
+        result = evaluate_loss(opened, split=split, text=text)
+        table[str(folder)] = dataclasses.asdict(result)
+        print(f"{folder}, step {opened.step}, {text or f'{opened.config.data.text} ({split})'}: {result}")
+        for bucket in result.by_position:
+            print(f"  positions {bucket.start:>6} to {bucket.end - 1:<6}  loss {bucket.loss:.4f}")
+    output = output or run[0]
+    output.mkdir(parents=True, exist_ok=True)
+    written = output / f"loss_{'text' if text else split}.json"
+    written.write_text(json.dumps(table, indent=1) + "\n")
+    positions = {folder: result["by_position"] for folder, result in table.items()}
+    print(f"written: {written}, {plots.loss_by_position(positions, output / 'loss_by_position.png')}")
+
+
+def generate(
+    run: Path,
+    prompt: str,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    step: int | None = None,
+) -> None:
+    """Continue a prompt with a trained run.
+
+    Args:
+        run: Run folder.
+        prompt: Text to continue.
+        temperature: 0 takes the most likely token each time; higher is more varied.
+        top_k: Draw from this many of the most likely tokens; from all if not given.
+        max_tokens: Tokens to draw; 200, or what is left of the context, if not given.
+        seed: Of the draws.
+        step: Checkpoint to read; the last one if not given.
+    """
+    from train.generate import Sampling
+    from train.generate import generate as continue_prompt
+    from train.runs import open_run
+
+    sampling = Sampling(temperature, top_k)
+    sampling.check()
+    print(prompt + continue_prompt(open_run(run, step=step), prompt, sampling=sampling, max_tokens=max_tokens, seed=seed))
+
+
+def inspect(run: Path, text: Path | None = None, step: int | None = None, output: Path | None = None) -> None:
+    """Draw which blocks each layer of a trained run selects, and its gates, on one context of text.
+
+    Args:
+        run: Run folder of a model with attention nsa.
+        text: File with the text; the beginning of the run's validation text if not given.
+        step: Checkpoint to read; the last one if not given.
+        output: Folder for the figures; the run folder if not given.
+    """
+    from train.data import load_corpus
+    from train.inspection import draw_choices
+    from train.runs import open_run
+
+    opened = open_run(run, step=step)
+    if text is None:
+        document = load_corpus(opened.config.data.text).validation[0]
+    else:
+        document = load_corpus(str(text)).train[0]
+    print("written: " + ", ".join(map(str, draw_choices(opened, document.text, output or run))))
+
+
+def _cli(function: Callable[..., None], name: str) -> Callable[[Sequence[str]], None]:
+    return lambda args: tyro.cli(function, prog=f"{PROG} {name}", args=args)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "run": ("train a language model: run PRESET", run_command),
+    "eval loss": ("loss of trained runs on held-out text, overall and by position", _cli(eval_loss, "eval loss")),
+    "generate": ("continue a prompt with a trained run", _cli(generate, "generate")),
+    "inspect": ("draw which blocks a trained run selects, and its gates", _cli(inspect, "inspect")),
+}
+
+
+def _usage() -> str:
+    lines = [f"usage: {PROG} COMMAND ...", ""]
+    lines += [f"  {name:<10} {description}" for name, (description, _) in COMMANDS.items()]
+    lines += ["", f"presets of run: {', '.join(PRESETS)}", f"`{PROG} COMMAND --help` lists its flags, with units and defaults."]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command line; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if argv else 2
+    name, args = argv[0], argv[1:]
+    if name == "eval":
+        tasks = [command.split()[1] for command in COMMANDS if command.startswith("eval ")]
+        if not args or args[0] not in tasks:
+            what = "--help" if args and args[0] in ("-h", "--help") else None
+            print(f"usage: {PROG} eval TASK ...; TASK is one of: {', '.join(tasks)}", file=sys.stdout if what else sys.stderr)
+            return 0 if what else 2
+        name, args = f"eval {args[0]}", args[1:]
+    if name not in COMMANDS:
+        print(f"error: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[name][1](args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        # Only errors that are written for the user: a fault of ours should show where it is.
+        if type(error).__name__ not in ("CheckpointError", "Diverged"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,516 @@
+"""Figures of training runs and of what Native Sparse Attention reads.
+
+Each function takes plain NumPy arrays or lists and an output path whose suffix picks the format (.png, .svg, .pdf),
+writes the file, making its folder, and returns the path. Block choices, gates and losses come from the caller: nothing
+here computes attention. The three branches have the same colours in every figure, `BRANCH_COLOURS`.
+
+matplotlib is imported by the first call, and pyplot never: no backend, figure or style of the caller is touched.
+
+    python -m train.plots docs/figures     # remakes the README's picture
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
+from math import isfinite, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Paul Tol's "high contrast" scheme: told apart with every colour vision and, by lightness, in greyscale too.
+BRANCH_COLOURS = {"compressed": "#DDAA33", "selected": "#BB5566", "window": "#004488"}
+# Runs are no branches, so they share no colour with them. Paul Tol's "vibrant" scheme.
+RUN_COLOURS = ("#009988", "#EE7733", "#33BBEE", "#EE3377", "#777777", "#0077BB", "#CC3311")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+PAPER = "#FFFFFF"  # opaque: the same picture on light and on dark pages
+INK = "#333333"
+FUTURE = "#E4E4E4"
+UNREAD = "#F1EFEA"
+DENSE = "#9A9A9A"
+
+LINE: dict[str, Any] = {"linewidth": 1.6, "markersize": 4.5}
+# "none" keeps every cell a sharp rectangle, and in SVG and PDF leaves the scaling to the viewer.
+CELLS: dict[str, Any] = {"interpolation": "none", "aspect": "auto"}
+
+DPI = 200
+# A map has at most so many rows and columns, and its panel more pixels than that: every cell is seen.
+MAX_CELLS = 320
+MAX_PICTURE_TOKENS = 640
+
+
+class BlockSizes(Protocol):
+    """What `reading_pattern` asks of a config, in tokens; `nsa_jax.NSAConfig` has it."""
+
+    @property
+    def compress_block(self) -> int: ...
+    @property
+    def compress_stride(self) -> int: ...
+    @property
+    def select_block(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+
+
+def loss_curve(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> Path:
+    """Draw loss over training steps: training as a thin line, validation with markers.
+
+    Where a step occurs twice in a run, as after a restart from a checkpoint, the later row counts. A loss that is None,
+    infinite or NaN leaves a gap.
+
+    Args:
+        runs: label -> rows of that run's `metrics.jsonl`: mappings with `step`, `loss` and, in the rows that have one,
+            `validation_loss`, both in nats per token. A row may lack either.
+        path: the file to write.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: there is no run, a run has no loss at all, or a row has no step.
+    """
+    if not runs:
+        raise ValueError("runs={} must hold at least one run: label -> rows with 'step' and 'loss'")
+    figure = _new_figure(7.2, 4.2)
+    axes = _new_axes(figure, x="training step", y="loss (nats per token)")
+    for (label, rows), (colour, marker) in zip(runs.items(), _run_styles(), strict=False):
+        training, validation = _series(label, rows, "loss"), _series(label, rows, "validation_loss")
+        if not training and not validation:
+            raise ValueError(
+                f"runs[{label!r}] must have a row with 'loss' or 'validation_loss'; none of {len(rows)} has"
+            )
+        if training:
+            name, alpha = (f"{label}, training", 0.5) if validation else (label, 1.0)
+            axes.plot(*zip(*training, strict=True), color=colour, linewidth=0.8, alpha=alpha, label=name)
+        if validation:
+            name = f"{label}, validation"
+            axes.plot(*zip(*validation, strict=True), color=colour, marker=marker, **LINE, label=name)
+    _add_legend(axes, columns=len(runs) if len(runs) <= 3 else 2)
+    return _save(figure, path)
+
+
+def loss_by_position(results: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> Path:
+    """Draw the loss of tokens over their position in the sequence, on a log axis.
+
+    Args:
+        results: label -> buckets `{"start": int, "end": int, "loss": float}`: the mean loss, in nats per token, at the
+            0-based positions `start .. end - 1`. A bucket is drawn at the geometric mean of its first and last
+            position, counted from 1: start=4, end=8 at `sqrt(5 * 8)`.
+        path: the file to write.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: there is no label, a label has no bucket, or a bucket is not `0 <= start < end` with a loss.
+    """
+    if not results:
+        raise ValueError("results={} must hold at least one label -> buckets")
+    figure = _new_figure(7.2, 4.2)
+    axes = _new_axes(figure, x="position in the sequence (tokens, log scale)", y="loss (nats per token)")
+    axes.set_xscale("log", base=2)
+    for (label, buckets), (colour, marker) in zip(results.items(), _run_styles(), strict=False):
+        if not buckets:
+            raise ValueError(f"results[{label!r}]=[] must hold at least one bucket")
+        for bucket in buckets:
+            if missing := sorted({"start", "end", "loss"} - bucket.keys()):
+                raise ValueError(f"results[{label!r}]: {bucket=} must also have {missing}")
+            if not 0 <= bucket["start"] < bucket["end"]:
+                raise ValueError(f"results[{label!r}]: {bucket=} must have 0 <= start < end")
+        ordered = sorted(buckets, key=lambda bucket: bucket["start"])
+        middles = [sqrt((bucket["start"] + 1) * bucket["end"]) for bucket in ordered]
+        losses = [float(bucket["loss"]) for bucket in ordered]
+        axes.plot(middles, losses, color=colour, marker=marker, **LINE, label=label)
+    axes.xaxis.set_major_formatter(_format_tokens)
+    axes.xaxis.set_tick_params(which="minor", length=0)
+    _add_legend(axes)
+    return _save(figure, path)
+
+
+def selected_blocks(
+    blocks: ArrayLike,
+    path: str | Path,
+    *,
+    select_block: int,
+    num_keys: int,
+    query_start: int = 0,
+    layer_names: Sequence[str] | None = None,
+) -> Path:
+    """Draw which key blocks each query chose: a panel for each layer, queries downwards, keys to the right.
+
+    The colour is the number of key/value heads that chose the block. The line is the diagonal, and what is grey is the
+    future: a choice there is drawn like any other, so a fault of causality is seen.
+
+    A panel has at most 320 rows and columns. Of a larger input, neighbouring queries (or blocks) share a cell, which
+    shows the *largest* count among them: T=8192 puts 26 queries in a row, and a block that one head chose for one of
+    the 26 is drawn as chosen by one head. So no choice is lost, and a rare one looks larger than it is. The axis label
+    says how many share a row.
+
+    Args:
+        blocks: int `[L, T, K, A]`: layers, queries, key/value heads, chosen blocks; -1 is an unused slot, and a block
+            that a head names twice counts once.
+        path: the file to write.
+        select_block: tokens in a block.
+        num_keys: S, the keys; blocks are `0 .. ceil(S / select_block) - 1`.
+        query_start: position of the first query.
+        layer_names: titles of the L panels; by default "layer 0", "layer 1", ...
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: a wrong shape, dtype or number of names, a block that does not exist, queries beyond the keys.
+    """
+    if select_block < 1 or num_keys < 1:
+        raise ValueError(f"{select_block=} and {num_keys=} must be positive")
+    num_blocks = -(-num_keys // select_block)
+    choices = _check_blocks(blocks, "LTKA", num_blocks)
+    num_layers, num_queries, num_heads, _ = choices.shape
+    query_end = query_start + num_queries
+    if not 0 <= query_start <= query_end <= num_keys:
+        raise ValueError(
+            f"{query_start=} and the {num_queries} queries of {choices.shape=} must lie within {num_keys=}"
+        )
+    names = [f"layer {layer}" for layer in range(num_layers)] if layer_names is None else layer_names
+    if len(names) != num_layers:
+        raise ValueError(f"layer_names={list(names)} must have one name for each of the {num_layers} layers")
+
+    columns = min(num_layers, 4)
+    rows = -(-num_layers // columns)
+    side = 3.8 if num_layers == 1 else 2.5
+    figure = _new_figure(1.2 + side * columns, 0.6 + side * rows)
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.ticker import MultipleLocator
+
+    panels = [figure.add_subplot(rows, columns, layer + 1) for layer in range(num_layers)]
+    row_queries, column_blocks = -(-num_queries // MAX_CELLS), -(-num_blocks // MAX_CELLS)
+    shades = _shades(BRANCH_COLOURS["selected"], num_heads)
+    # -1 is the future, 0 a block that no head chose, 1 .. K the heads that chose it.
+    colours = ListedColormap(np.stack([_rgb(FUTURE), _rgb(PAPER), *shades]))
+    future = np.arange(num_blocks) * select_block > np.arange(query_start, query_end)[:, None]
+    for layer, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        counts = _head_counts(choices[layer], num_blocks)
+        counts[future & (counts == 0)] = -1
+        cells = _pool_largest(counts, row_queries, column_blocks)
+        # The last cells may reach beyond the last query and key: the limits cut them off.
+        bottom = query_start + len(cells) * row_queries
+        right = cells.shape[1] * column_blocks * select_block
+        axes.imshow(
+            cells, cmap=colours, vmin=-1.5, vmax=num_heads + 0.5, extent=(0, right, bottom, query_start), **CELLS
+        )
+        axes.plot([query_start, query_end], [query_start, query_end], color=INK, linewidth=0.7)
+        axes.set(xlim=(0, num_keys), ylim=(query_end, query_start))
+        axes.set_title(name, fontsize=9, color=INK, pad=4)
+        _style_axes(axes)
+        axes.grid(visible=False)
+        for axis, length in ((axes.xaxis, num_keys), (axes.yaxis, num_queries)):
+            axis.set_major_locator(MultipleLocator(2 ** max(0, (length // 3).bit_length() - 1)))
+            axis.set_major_formatter(_format_tokens)
+        axes.tick_params(labelleft=layer % columns == 0, labelbottom=layer + columns >= num_layers)
+
+    rows_note = f"; {row_queries} to a row" if row_queries > 1 else ""
+    columns_note = f", {column_blocks} to a column" if column_blocks > 1 else ""
+    figure.supylabel(f"query position (tokens{rows_note})", fontsize=10, color=INK)
+    figure.supxlabel(f"key position (tokens; blocks of {select_block}{columns_note})", fontsize=10, color=INK)
+    levels = BoundaryNorm([heads + 0.5 for heads in range(num_heads + 1)], num_heads)
+    bar = figure.colorbar(ScalarMappable(levels, ListedColormap(shades)), ax=panels, pad=0.02, aspect=30)
+    bar.set_ticks(list(range(num_heads, 0, -max(1, num_heads // 8))))
+    bar.minorticks_off()
+    bar.set_label(f"K/V heads that chose the block (of {num_heads})", fontsize=9, color=INK)
+    bar.ax.tick_params(labelsize=8, labelcolor=INK, length=0)
+    bar.ax.spines[:].set_visible(False)
+    return _save(figure, path)
+
+
+def gates(gates: ArrayLike, path: str | Path) -> Path:
+    """Draw the mean gate of the three branches over the depth of the model.
+
+    Args:
+        gates: float `[L, 3]`, or `[L, N, 3]` with a value for each query head, in [0, 1]; the last axis is compressed,
+            selected, window, as in `nsa_attention`. With heads, a line is their mean and each head is a dot beside it.
+        path: the file to write.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: a wrong shape, or a value outside [0, 1].
+    """
+    values = np.asarray(gates, dtype=np.float64)
+    if values.ndim not in (2, 3) or values.shape[-1] != 3 or 0 in values.shape:
+        raise ValueError(
+            f"gates.shape={values.shape} must be [L, 3] or [L, N, 3]: compressed, selected, window come last"
+        )
+    if not np.all((values >= 0) & (values <= 1)):
+        raise ValueError(
+            f"gates must lie in [0, 1], but reach from {values.min()} to {values.max()}: apply the sigmoid"
+        )
+
+    heads = values if values.ndim == 3 else values[:, None]
+    num_layers, num_heads, _ = heads.shape
+    figure = _new_figure(7.2, 3.8)
+    from matplotlib.ticker import MaxNLocator
+
+    axes = _new_axes(figure, x="layer", y="mean gate (0 closed, 1 open)")
+    depth = np.arange(num_layers)
+    for branch, ((name, colour), marker) in enumerate(zip(BRANCH_COLOURS.items(), MARKERS, strict=False)):
+        if num_heads > 1:
+            # Side by side, so that the heads of one branch do not cover those of another.
+            beside = np.repeat(depth + 0.008 * num_layers * (branch - 1), num_heads)
+            axes.scatter(beside, heads[:, :, branch], s=9, color=colour, alpha=0.35, linewidths=0)
+        axes.plot(depth, heads[:, :, branch].mean(axis=1), color=colour, marker=marker, **LINE, label=name)
+    axes.set(xlim=(-0.4, num_layers - 0.6), ylim=(-0.02, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
+    _add_legend(axes)
+    return _save(figure, path)
+
+
+def reading_pattern(path: str | Path, *, config: BlockSizes, num_tokens: int, blocks: ArrayLike) -> Path:
+    """Draw what each query of a sequence reads: full causal attention on the left, the three branches on the right.
+
+    A compressed token is a pale stripe, half a stride wide, in the middle of the tokens that it stands for; it starts
+    at the first query that sees it. The window covers the chosen blocks that it meets, and they cover the stripes. The
+    strips below show the last query's row branch by branch, so without overlap, with the number of keys it reads; a
+    token that two branches read is two keys, as each branch has its own.
+
+    Args:
+        path: the file to write.
+        config: has `compress_block`, `compress_stride`, `select_block` and `window`, in tokens.
+        num_tokens: T, at most 640, so that a token is a pixel or more.
+        blocks: int `[T, A]`, the blocks that each query chose; -1 is an unused slot, and future tokens are not read.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: a wrong shape or dtype, T out of range, or a block that does not exist.
+    """
+    if not 1 <= num_tokens <= MAX_PICTURE_TOKENS:
+        raise ValueError(
+            f"{num_tokens=} must be in 1 .. {MAX_PICTURE_TOKENS}; selected_blocks() draws longer sequences"
+        )
+    choices = _check_blocks(blocks, "TA", -(-num_tokens // config.select_block))
+    if len(choices) != num_tokens:
+        raise ValueError(f"blocks.shape={choices.shape} must have one row for each of {num_tokens=}")
+
+    query, key = np.arange(num_tokens)[:, None], np.arange(num_tokens)
+    causal = key <= query
+    window = causal & (key > query - config.window)
+    selected = causal & (choices[:, :, None] == key // config.select_block).any(axis=1)
+    compressed = np.zeros_like(causal)
+    starts = range(0, num_tokens - config.compress_block + 1, config.compress_stride)
+    stripe = max(1, config.compress_stride // 2)
+    for start in starts:
+        left = start + (config.compress_block - stripe) // 2
+        compressed[start + config.compress_block - 1 :, left : left + stripe] = True
+
+    unread, paper = _rgb(UNREAD), _rgb(PAPER)
+    yellow, red, blue = (_rgb(colour) for colour in BRANCH_COLOURS.values())
+    pale = 0.6 * yellow + 0.4 * paper
+    dense = np.where(causal[..., None], _rgb(DENSE), paper)
+    sparse = np.where(causal[..., None], unread, paper)
+    sparse[compressed] = pale
+    sparse[selected] = red
+    sparse[window] = blue
+
+    # Placed by hand, in inches from the lower left: the contents never change the size of anything.
+    width, height, side = 9.6, 5.7, 3.84
+    left_x, right_x, panel_y = 0.42, width - side - 0.12, 1.22
+    figure = _new_figure(width, height, layout="none")
+
+    def show(pixels: NDArray[np.float64], x: float, y: float, tall: float, wide: float = side) -> None:
+        axes = figure.add_axes((x / width, y / height, wide / width, tall / height))
+        axes.imshow(pixels, **CELLS)
+        axes.set_axis_off()
+
+    def write(text: str, x: float, y: float, size: float = 9.5, **style: Any) -> None:
+        figure.text(x / width, y / height, text, **{"fontsize": size, "color": INK, "va": "center", **style})
+
+    for x, title, pixels in ((left_x, "Full attention", dense), (right_x, "Native Sparse Attention", sparse)):
+        write(title, x, height - 0.22, 13, weight="bold")
+        write("keys \N{RIGHTWARDS ARROW}", x, panel_y + side + 0.13, 9)
+        write("\N{LEFTWARDS ARROW} queries", x - 0.13, panel_y + side, 9, rotation=90, ha="center", va="top")
+        show(pixels, x, panel_y, side)
+
+    # Legends in the future's corner, which is blank.
+    write("every earlier token", left_x + side, panel_y + side - 0.2, ha="right")
+    legend = (
+        ("compressed", f"summaries of {config.compress_block} tokens, one every {config.compress_stride}", pale),
+        ("selected", f"blocks of {config.select_block} tokens", red),
+        ("window", f"the last {config.window} tokens", blue),
+    )
+    for row, (name, meaning, colour) in enumerate(legend):
+        y = panel_y + side - 0.2 - 0.36 * row
+        write(name, right_x + side - 0.2, y, 10, weight="bold", ha="right")
+        write(meaning, right_x + side - 0.2, y - 0.16, 8.5, ha="right")
+        show(colour[None, None], right_x + side - 0.13, y - 0.22, 0.29, 0.13)
+
+    strips = (
+        ("compressed", len(starts), np.where(compressed[-1:, :, None], pale, unread)),
+        ("selected", int(selected[-1].sum()), np.where(selected[-1:, :, None], red, unread)),
+        ("window", int(window[-1].sum()), np.where(window[-1:, :, None], blue, unread)),
+    )
+    first_y, tall, gap = panel_y - 0.6, 0.14, 0.22
+    for row, (name, count, pixels) in enumerate(strips):
+        show(pixels, right_x, first_y - gap * row, tall)
+        write(f"{name} {count}", right_x - 0.1, first_y - gap * row + tall / 2, ha="right")
+    show(dense[-1:], left_x, first_y, tall)
+    read = sum(count for _, count, _ in strips)
+    share = f"The last query reads {read} keys ({read / num_tokens:.0%})"
+    for x, text in ((left_x, f"The last query reads {num_tokens} keys"), (right_x, share)):
+        write(text, x, panel_y - 0.24, 11, weight="bold")
+    return _save(figure, path)
+
+
+def _new_figure(width: float, height: float, *, layout: Literal["constrained", "none"] = "constrained") -> "Figure":
+    """A figure of that many inches, unknown to pyplot."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "nsa-jax[train]"') from error
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
+    figure.set_layout_engine(layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _new_axes(figure: "Figure", *, x: str, y: str) -> "Axes":
+    axes = figure.add_subplot()
+    axes.set_xlabel(x, fontsize=10, color=INK)
+    axes.set_ylabel(y, fontsize=10, color=INK)
+    _style_axes(axes)
+    return axes
+
+
+def _style_axes(axes: "Axes") -> None:
+    axes.set_facecolor(PAPER)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set(color=INK, linewidth=0.6)
+    axes.tick_params(labelsize=8.5, labelcolor=INK, color=INK, width=0.6, length=3)
+    axes.grid(visible=True, color=FUTURE, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _add_legend(axes: "Axes", *, columns: int = 3) -> None:
+    """Above the axes, where it covers no line; in fewer columns if the labels are long."""
+    _, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(columns, 100 // (6 + max(map(len, labels)))))
+    axes.figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=INK)
+
+
+def _save(figure: "Figure", path: str | Path) -> Path:
+    from matplotlib import rc_context
+
+    path = Path(path)
+    suffix = path.suffix.lower()
+    # Without dates and random ids: the same input writes the same bytes.
+    metadata = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    if suffix not in metadata:
+        raise ValueError(f"path={str(path)!r} must end in one of {', '.join(metadata)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"svg.hashsalt": "nsa-jax"}):
+        figure.savefig(path, dpi="figure", facecolor=PAPER, transparent=False, metadata=metadata[suffix])
+    return path
+
+
+def _format_tokens(tokens: float, _: float | None = None) -> str:
+    """512 -> "512", 1536 -> "1.5k", 8192 -> "8k"."""
+    return f"{tokens / 1024:g}k" if tokens >= 1024 and tokens % 512 == 0 else f"{tokens:g}"
+
+
+def _run_styles() -> Iterator[tuple[str, str]]:
+    """Colour and marker of the first run, the second, ...; without end."""
+    return cycle(zip(RUN_COLOURS, MARKERS, strict=True))
+
+
+def _series(label: str, rows: Sequence[Mapping[str, Any]], field: str) -> list[tuple[int, float]]:
+    """Steps and values of the rows that have `field`, in order of steps; of a step given twice, the later value."""
+    values: dict[int, float] = {}
+    for row in rows:
+        if "step" not in row:
+            raise ValueError(f"runs[{label!r}]: {row=} must have 'step'")
+        if row.get(field) is not None:
+            values[row["step"]] = float(row[field]) if isfinite(row[field]) else float("nan")
+    return sorted(values.items())
+
+
+def _check_blocks(blocks: ArrayLike, axes: str, num_blocks: int) -> NDArray[np.integer]:
+    checked = np.asarray(blocks)
+    if checked.ndim != len(axes) or 0 in checked.shape[:-1]:
+        raise ValueError(f"blocks.shape={checked.shape} must be [{', '.join(axes)}], none of them empty")
+    if not np.issubdtype(checked.dtype, np.integer):
+        raise ValueError(f"blocks.dtype={checked.dtype} must be an integer type: the indices of blocks")
+    if checked.size and not -1 <= checked.min() <= checked.max() < num_blocks:
+        raise ValueError(
+            f"blocks from {checked.min()} to {checked.max()} must be in -1 .. {num_blocks - 1}: there are {num_blocks=}"
+        )
+    return checked
+
+
+def _head_counts(choices: NDArray[np.integer], num_blocks: int) -> NDArray[np.int64]:
+    """`[T, K, A]` chosen blocks -> `[T, M]` numbers of heads that chose each block."""
+    num_queries, num_heads, _ = choices.shape
+    counts = np.zeros((num_queries, num_blocks), np.int64)
+    for head in range(num_heads):
+        # One column more, so that -1, an unused slot, marks a block that is then dropped.
+        chosen = np.zeros((num_queries, num_blocks + 1), np.bool_)
+        chosen[np.arange(num_queries)[:, None], choices[:, head]] = True
+        counts += chosen[:, :-1]
+    return counts
+
+
+def _pool_largest(values: NDArray[np.int64], rows: int, columns: int) -> NDArray[np.int64]:
+    """The largest value of each cell of `rows` x `columns`; the last cells may hold fewer."""
+    values = np.maximum.reduceat(values, range(0, values.shape[0], rows), axis=0)
+    return np.maximum.reduceat(values, range(0, values.shape[1], columns), axis=1)
+
+
+def _rgb(colour: str) -> NDArray[np.float64]:
+    """Red, green and blue in [0, 1] of "#RRGGBB"."""
+    return np.array([int(colour[start : start + 2], 16) for start in (1, 3, 5)]) / 255
+
+
+def _shades(colour: str, count: int) -> NDArray[np.float64]:
+    """`[count, 3]` shades of a colour, from pale to dark; the colour itself if there is one."""
+    anchors = np.stack([0.3 * _rgb(colour) + 0.7, _rgb(colour), 0.5 * _rgb(colour)])
+    where = np.linspace(0, 2, count) if count > 1 else [1.0]
+    return np.stack([np.interp(where, range(3), channel) for channel in anchors.T], axis=1)
+
+
+def main(folder: str = "docs/figures") -> None:
+    """Remake the README's picture, with block choices that are made up: first, previous, own and three that wander."""
+    from nsa_jax.config import NSAConfig
+
+    config = NSAConfig(compress_block=16, compress_stride=8, select_block=16, num_selected=6, window=32)
+    num_tokens = 512
+    random = np.random.default_rng(0)
+    blocks = np.full((num_tokens, config.num_selected), -1)
+    wandering: list[int] = []
+    for position in range(num_tokens):
+        own = position // config.select_block
+        forced = {0, max(own - 1, 0), own}
+        free = [block for block in range(own) if block not in forced]
+        # A choice lasts for some queries, then one of the three moves.
+        wandering = [block for block in wandering if block in free and random.random() > 0.02]
+        while len(wandering) < min(3, len(free)):
+            wandering.append(int(random.choice([block for block in free if block not in wandering])))
+        chosen = sorted(forced | set(wandering))
+        blocks[position, : len(chosen)] = chosen
+    for suffix in ("png", "svg"):
+        print(
+            reading_pattern(
+                Path(folder) / f"reading_pattern.{suffix}", config=config, num_tokens=num_tokens, blocks=blocks
+            )
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
