@@ -159,9 +159,7 @@ def _write(x: KeyValue, new: KeyValue, rows: Int32[Array, "B X"], keep: Bool[Arr
     return jax.tree.map(write, x, new)
 
 
-def _write_ring(
-    ring: KeyValue, new: KeyValue, positions: Int32[Array, "B X"], num_real: Int32[Array, "B"]
-) -> KeyValue:
+def _write_ring(ring: KeyValue, new: KeyValue, positions: Int32[Array, "B X"], num_real: Int32[Array, "B"]) -> KeyValue:
     # Of several tokens that fall on one row of the ring, the last real one stays.
     size = ring.key.shape[1]
     index = jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :]

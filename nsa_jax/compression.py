@@ -7,8 +7,8 @@ Blocks overlap l/d times. To copy tokens into blocks would take l/d times their 
 d tokens: unit u is part r of block u - r, for r = 0 .. l/d - 1, and a block is the sum of its parts.
 """
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ class MLPCompression(nnx.Module):
         **unused: object,
     ):
         hidden = 2 * size if hidden is None else hidden
-        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init)
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init)
         self.blocks = _BlockLinear(size, hidden, config=config, **kwargs)
         self.out = nnx.Linear(hidden, size, **kwargs)
 
@@ -197,7 +197,7 @@ class _BlockLinear(nnx.Module):
         positions = nnx.initializers.normal(0.02)
         self.position = nnx.Param(positions(rngs.params(), (config.compress_block, size), param_dtype))
 
-    def __call__(self, tokens: Tokens) -> Compressed:
+    def __call__(self, tokens: Tokens) -> Float[Array, "B C K O"]:
         dtype = jnp.result_type(tokens, self.kernel[...]) if self.dtype is None else self.dtype
         tokens, kernel, position = (x.astype(dtype) for x in (tokens, self.kernel[...], self.position[...]))
         size, out_size = tokens.shape[-1], kernel.shape[-1]

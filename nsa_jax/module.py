@@ -31,9 +31,9 @@ class Projections(NamedTuple):
 class NativeSparseAttention(nnx.Module):
     """Native Sparse Attention (arXiv 2502.11089) as a layer: causal self-attention from x to x.
 
-    Follows the conventions of `flax.nnx.MultiHeadAttention`. Where the paper is silent: rotary position turns the queries and
-    the per-token keys of the selected and window branches at their positions; compressed keys are made from unrotated keys
-    and turned at their first token's position. With packed documents, positions restart in each.
+    Follows the conventions of `flax.nnx.MultiHeadAttention`. Where the paper is silent: rotary position turns the queries
+    and the per-token keys of the selected and window branches at their positions; compressed keys are made from unrotated
+    keys and turned at their first token's position. With packed documents, positions restart in each.
 
     Args:
         num_heads: N, query heads.
@@ -42,7 +42,7 @@ class NativeSparseAttention(nnx.Module):
         head_dim: H, of queries and keys; `in_features // num_heads` if None. Even, unless `rope_theta` is None.
         value_head_dim: V, of values; H if None.
         out_features: size of the result's last axis; `in_features` if None.
-        config: sizes of the three branches.
+        config: sizes of the three branches; the paper's if None.
         compression: phi, one of "mean", "linear", "mlp", "gated_pool"; see `nsa_jax.compression`.
         rope_theta: base of the rotary wavelengths; None leaves positions out.
         normalize_qk: RMS-normalise queries and keys over H, before rotary; compressed keys after phi.
@@ -53,9 +53,10 @@ class NativeSparseAttention(nnx.Module):
         use_bias: whether query, key, value and output projections have a bias.
         kernel_init, out_kernel_init, bias_init, out_bias_init: initialisers; the `out_` ones default to the others.
         gate_kernel_init, gate_bias_init: of the gates' projection; zeros by default, so that each gate starts at 1/2.
-        kernel_metadata, out_kernel_metadata, bias_metadata, out_bias_metadata, gate_kernel_metadata: metadata of the parameters,
-            such as `{"out_sharding": (None, "tensor")}`. Query kernels are `[in, N, H]`, key and value kernels `[in, 3, K, H]` with
-            the branches in the order compressed, selected, window; the gates' `[in, N, 3]`; the output's `[N, V, out]`.
+        kernel_metadata, out_kernel_metadata, bias_metadata, out_bias_metadata, gate_kernel_metadata: metadata of the
+            parameters, such as `{"out_sharding": (None, "tensor")}`. Query kernels are `[in, N, H]`, key and value kernels
+            `[in, 3, K, H]` with the branches in the order compressed, selected, window; the gates' `[in, N, 3]`; the
+            output's `[N, V, out]`.
         rngs: random streams for the initialisers.
 
     Raises:
@@ -165,20 +166,20 @@ class NativeSparseAttention(nnx.Module):
             bias_metadata=dict(out_bias_metadata or {}),
             rngs=rngs,
         )
-        phi = dict(config=config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init)
+        phi: dict[str, Any] = dict(
+            config=config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init
+        )
         self.compress_key = COMPRESSIONS[compression](head_dim, **phi)
         self.compress_value = COMPRESSIONS[compression](value_head_dim, **phi)
         if normalize_qk:
-            norm = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            norm: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             self.query_norm = nnx.RMSNorm(head_dim, **norm)
             self.key_norm_cmp = nnx.RMSNorm(head_dim, **norm)
             self.key_norm_slc = nnx.RMSNorm(head_dim, **norm)
             self.key_norm_win = nnx.RMSNorm(head_dim, **norm)
 
     @overload
-    def __call__(
-        self, x: Float[Array, "B T E"], *, segment_ids: SegmentIds | None = None
-    ) -> Float[Array, "B T O"]: ...
+    def __call__(self, x: Float[Array, "B T E"], *, segment_ids: SegmentIds | None = None) -> Float[Array, "B T O"]: ...
 
     @overload
     def __call__(
@@ -198,10 +199,10 @@ class NativeSparseAttention(nnx.Module):
         Args:
             x: `[B, T, in_features]`.
             segment_ids: int32 `[B, T]`, non-decreasing: packed documents, each seeing itself alone. Not with a cache.
-            cache: from `init_cache` or an earlier call; x continues its sequences. Any T: prefill in one call or in chunks, and
-                decoding (T = 1), are one function, and give what one call without cache gives.
-            lengths: int32 `[B]`, with a cache: the first `lengths[b]` tokens of `x[b]` are real; all T if None. The others do not
-                enter the cache, and their outputs are finite and unspecified.
+            cache: from `init_cache` or an earlier call; x continues its sequences. Any T: prefill in one call or in chunks,
+                and decoding (T = 1), are one function, and give what one call without cache gives.
+            lengths: int32 `[B]`, with a cache: the first `lengths[b]` tokens of `x[b]` are real; all T if None. The others
+                do not enter the cache, and their outputs are finite and unspecified.
 
         Returns:
             `[B, T, out_features]`; with a cache, that and the cache grown by x. Tokens past the cache's `max_length` are not
@@ -215,7 +216,9 @@ class NativeSparseAttention(nnx.Module):
             raise ValueError(f"x must be [B, T, in_features={self.in_features}], but its shape is {x.shape}")
         if cache is not None:
             if segment_ids is not None:
-                raise ValueError("cache and segment_ids do not go together: decode each document as a sequence of its own")
+                raise ValueError(
+                    "cache and segment_ids do not go together: decode each document as a sequence of its own"
+                )
             return self._with_cache(x, cache, lengths)
         if lengths is not None:
             raise ValueError("lengths is for calls with a cache; without one, padding after the end changes nothing")
@@ -337,7 +340,10 @@ def check_cache_room(
             raise ValueError(
                 f"lengths must be int32 [B] = {seen.shape}, but it is {lengths.dtype} of shape {lengths.shape}"
             )
-        if not isinstance(lengths, jax.core.Tracer) and ((np.asarray(lengths) < 0) | (np.asarray(lengths) > num_new)).any():
+        if (
+            not isinstance(lengths, jax.core.Tracer)
+            and ((np.asarray(lengths) < 0) | (np.asarray(lengths) > num_new)).any()
+        ):
             raise ValueError(f"lengths={np.asarray(lengths)} must lie between 0 and the {num_new} tokens of x")
     if isinstance(seen, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
         return

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import reference
 from nsa_jax.config import NSAConfig, check_attention_inputs, check_inputs
-from nsa_jax.shapes import Blocks, Gates, Key, KeyValue, Out, Position, Query, SegmentIds
+from nsa_jax.shapes import Blocks, CompressedKey, Gates, KeyValue, Out, Position, Query, SegmentIds
 
 ImplementationName = Literal["xla", "pallas", "pallas_interpret"]
 
@@ -56,8 +56,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 _PLANNED = ("pallas", "pallas_interpret")
 
 # Under this policy a rematerialised layer keeps what attention computed, so that its forward pass does not run twice.
-SAVED_NAMES = ("nsa_blocks", "nsa_out", "nsa_out_cmp", "nsa_out_slc", "nsa_out_win")
-SAVED_NAMES += ("nsa_lse_cmp", "nsa_lse_slc", "nsa_lse_win")
+SAVED_NAMES = (
+    "nsa_blocks",
+    "nsa_out",
+    *(f"nsa_{x}_{branch}" for x in ("out", "lse") for branch in ("cmp", "slc", "win")),
+)
 save_attention = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 
 
@@ -155,7 +158,7 @@ def nsa_attention(
 
 def select_blocks(
     query: Query,
-    compressed_key: Key,
+    compressed_key: CompressedKey,
     *,
     config: NSAConfig,
     num_keys: int,

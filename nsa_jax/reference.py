@@ -19,11 +19,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from nsa_jax.config import NSAConfig
-from nsa_jax.shapes import Blocks, Gates, Key, KeyValue, Out, Position, Query, SegmentIds
+from nsa_jax.shapes import Blocks, CompressedKey, Gates, KeyValue, Out, Position, Query, SegmentIds
 
 # Scores per query head that a chunk of queries may hold: bounds the memory of a forward and a backward pass.
 CHUNK_SCORES = 2**18
 MAX_CHUNK = 512
+MIN_WINDOW_TILE = 16
 
 # Stands for minus infinity in masked scores; finite, because (-inf) - (-inf) would be NaN in a row that sees nothing.
 MASKED = -1e30
@@ -46,12 +47,14 @@ def probabilities(
 
     Differs from the paper: eq. 8 prints no scale; it is the softmax of the compressed branch, which has one.
     """
-    visible = visible[:, None, :]
-    scores = jnp.where(visible, _dot("qgh,xh->qgx", query, key) * scale, MASKED)
+    num_queries, group, size = query.shape
+    # The group's heads are rows of one matrix: they read the same keys.
+    rows, visible = query.reshape(-1, size), jnp.repeat(visible, group, axis=0)
+    scores = jnp.where(visible, _dot("rh,xh->rx", rows, key) * scale, MASKED)
     highest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=MASKED))
     weights = jnp.where(visible, jnp.exp(scores - highest), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total == 0.0, 1.0, total)
+    return (weights / jnp.where(total == 0.0, 1.0, total)).reshape(num_queries, group, -1)
 
 
 def attention(
@@ -65,8 +68,8 @@ def attention(
     # A key that no query sees may hold anything, and 0 * NaN is NaN, forward and backward.
     seen = jnp.any(visible, axis=0)[:, None]
     key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
-    p = probabilities(query, key, visible, scale)
-    return _dot("qgx,xv->qgv", p.astype(value.dtype), value)
+    p = probabilities(query, key, visible, scale).astype(value.dtype)
+    return _dot("rx,xv->rv", p.reshape(-1, p.shape[-1]), value).reshape(*query.shape[:2], value.shape[-1])
 
 
 def segment_starts(segment_ids: Int32[Array, "S"]) -> Int32[Array, "S"]:
@@ -105,7 +108,8 @@ def importance(p_cmp: Float[Array, "Q C"], num_blocks: int, config: NSAConfig) -
     """
     # A unit is d tokens: compressed token i lies on units i .. i + l/d - 1, block j on units j*l'/d .. (j+1)*l'/d - 1.
     num_shared = config.compress_block // config.compress_stride
-    units = sum(jnp.pad(p_cmp, ((0, 0), (r, num_shared - 1 - r))) for r in range(num_shared))
+    shares = [jnp.pad(p_cmp, ((0, 0), (r, num_shared - 1 - r))) for r in range(num_shared)]
+    units = functools.reduce(jnp.add, shares)
     per_block = config.select_block // config.compress_stride
     units = jnp.pad(units, ((0, 0), (0, num_blocks * per_block - units.shape[1])))
     return units.reshape(-1, num_blocks, per_block).sum(axis=-1)
@@ -199,14 +203,25 @@ def window_attention(
 
     Differs from the paper: its `k_{t-w:t}`, read literally, holds w+1 tokens; its table 4 counts w.
     """
-    length = window.key.shape[0]
-    reach = min(length, positions.shape[0] + config.window - 1)
-    start = jnp.clip(positions[0] - (config.window - 1) - window_start, 0, length - reach)
-    key, value = (lax.dynamic_slice_in_dim(x, start, reach) for x in window)
-    token = window_start + start + jnp.arange(reach, dtype=jnp.int32)
-    ago = positions[:, None] - token[None, :]
-    visible = (ago >= 0) & (ago < config.window) & (token >= 0)[None, :]
-    return attention(query, key, value, visible & _same_segment(positions, token, segment_ids), scale)
+    # A tile of queries reads its own keys and those of a window before: few that no query of it sees.
+    num_queries, length = query.shape[0], window.key.shape[0]
+    tile = min(num_queries, max(config.window, MIN_WINDOW_TILE))
+    num_tiles = -(-num_queries // tile)
+    reach = min(length, tile + config.window - 1)
+
+    def one_tile(query: Array, start: Array) -> Array:
+        positions = start + jnp.arange(tile, dtype=jnp.int32)
+        first = jnp.clip(start - (config.window - 1) - window_start, 0, length - reach)
+        key, value = (lax.dynamic_slice_in_dim(x, first, reach) for x in window)
+        token = window_start + first + jnp.arange(reach, dtype=jnp.int32)
+        ago = positions[:, None] - token[None, :]
+        visible = (ago >= 0) & (ago < config.window) & (token >= 0)[None, :]
+        return attention(query, key, value, visible & _same_segment(positions, token, segment_ids), scale)
+
+    tiles = jnp.pad(query, ((0, num_tiles * tile - num_queries), (0, 0), (0, 0)))
+    starts = positions[0] + jnp.arange(num_tiles, dtype=jnp.int32) * tile
+    out = jax.vmap(one_tile)(tiles.reshape(num_tiles, tile, *query.shape[1:]), starts)
+    return out.reshape(num_tiles * tile, *out.shape[2:])[:num_queries]
 
 
 # ------------------------------------------------------------------------------------------------------- whole batches
@@ -214,7 +229,7 @@ def window_attention(
 
 def select_blocks(
     query: Query,
-    compressed_key: Key,
+    compressed_key: CompressedKey,
     *,
     config: NSAConfig,
     num_keys: int,
@@ -235,7 +250,10 @@ def select_blocks(
         return _in_chunks(chunk, (query,), start, keys_read=num_compressed)
 
     # No gradient passes through a choice.
-    query, compressed_key = lax.stop_gradient(_grouped(query, compressed_key.shape[2])), lax.stop_gradient(compressed_key)
+    query, compressed_key = (
+        lax.stop_gradient(_grouped(query, compressed_key.shape[2])),
+        lax.stop_gradient(compressed_key),
+    )
     return _over_sequences_and_heads(one_head, (query, compressed_key), (query_start,), segment_ids)
 
 
@@ -298,7 +316,8 @@ def attend(
                 window_attention(query, window, positions, window_start, segment_ids, config, scale),
             )
             gates = gates.astype(jnp.float32)
-            return sum(gates[..., i, None] * branch for i, branch in enumerate(branches)).astype(dtype)
+            weighted = [gates[..., i, None] * branch for i, branch in enumerate(branches)]
+            return functools.reduce(jnp.add, weighted).astype(dtype)
 
         keys_read = num_compressed + keys_selected + config.window
         return _in_chunks(chunk, (query, gates, blocks), start, keys_read=keys_read)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int32
 Query = Float[Array, "B T N H"]
 Key = Float[Array, "B S K H"]
 Value = Float[Array, "B S K V"]
+CompressedKey = Float[Array, "B C K H"]
 Gates = Float[Array, "B T N 3"]  # compressed, selected, window
 Out = Float[Array, "B T N V"]
 Blocks = Int32[Array, "B T K A"]

@@ -51,7 +51,9 @@ CASES: dict[str, Case] = {
     "no_overlap": Case(config=NSAConfig(16, 16, 16, 3, 1, 1, 9), queries=75, keys=75),
     "deep_overlap": Case(config=NSAConfig(12, 3, 24, 3, 1, 1, 30), queries=97, keys=97),
     "nothing_forced": Case(config=dataclasses.replace(SMALL, num_initial=0, num_local=0, num_selected=2)),
-    "many_forced": Case(config=dataclasses.replace(SMALL, num_initial=2, num_local=3, num_selected=6), queries=130, keys=130),
+    "many_forced": Case(
+        config=dataclasses.replace(SMALL, num_initial=2, num_local=3, num_selected=6), queries=130, keys=130
+    ),
     "window_1": Case(config=dataclasses.replace(SMALL, window=1)),
     "window_longer_than_text": Case(config=dataclasses.replace(SMALL, window=200)),
     "query_start": Case(queries=29, keys=90, query_start=61),

@@ -1,7 +1,7 @@
 """Native Sparse Attention as plain loops in float64 NumPy: the judge of every implementation.
 
-Written from the rules of the design alone (numbered in the docstrings below), sharing no code with `nsa_jax`. Every set of
-tokens that a query reads is a list built by asking one question of each token; slow, and meant to be checked by reading.
+Written from the rules of the design alone (numbered in the docstrings below), sharing no code with `nsa_jax`. Every set
+of tokens that a query reads is a list built by asking one question of each token: slow, and to be checked by reading.
 
 `query_start` and `window_start` are an int or an int array [B]; `segment_ids` is None or [B, S].
 The letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H and V head sizes, C compressed
@@ -42,7 +42,7 @@ class Gradients(NamedTuple):
 
 
 def visible_compressed(position, segments, num_compressed, config):
-    """Rules 3 and 9: tokens i whose last token is not in the future, and whose first and last are of the query's segment."""
+    """Rules 3 and 9: those that end by the query, and whose first and last tokens are of its segment."""
     own = segment_at(segments, position)
     visible = []
     for i in range(num_compressed):

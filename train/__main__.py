@@ -5,11 +5,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
 from train.config import PRESETS, TrainConfig
+from train.errors import CheckpointError, Diverged, Interrupted
 
 PROG = "python -m train"
 
@@ -24,9 +25,7 @@ class RunArguments:
 
 
 def run_command(args: Sequence[str]) -> None:
-    presets = {
-        name: (description, RunArguments(config=config)) for name, (description, config) in PRESETS.items()
-    }
+    presets = {name: (description, RunArguments(config=config)) for name, (description, config) in PRESETS.items()}
     parsed = tyro.extras.overridable_config_cli(
         presets,
         prog=f"{PROG} run",
@@ -104,7 +103,9 @@ def generate(
 
     sampling = Sampling(temperature, top_k)
     sampling.check()
-    print(prompt + continue_prompt(open_run(run, step=step), prompt, sampling=sampling, max_tokens=max_tokens, seed=seed))
+    print(
+        prompt + continue_prompt(open_run(run, step=step), prompt, sampling=sampling, max_tokens=max_tokens, seed=seed)
+    )
 
 
 def inspect(run: Path, text: Path | None = None, step: int | None = None, output: Path | None = None) -> None:
@@ -143,7 +144,11 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 def _usage() -> str:
     lines = [f"usage: {PROG} COMMAND ...", ""]
     lines += [f"  {name:<10} {description}" for name, (description, _) in COMMANDS.items()]
-    lines += ["", f"presets of run: {', '.join(PRESETS)}", f"`{PROG} COMMAND --help` lists its flags, with units and defaults."]
+    lines += [
+        "",
+        f"presets of run: {', '.join(PRESETS)}",
+        f"`{PROG} COMMAND --help` lists its flags, with units and defaults.",
+    ]
     return "\n".join(lines)
 
 
@@ -157,7 +162,10 @@ def main(argv: Sequence[str]) -> int:
         tasks = [command.split()[1] for command in COMMANDS if command.startswith("eval ")]
         if not args or args[0] not in tasks:
             what = "--help" if args and args[0] in ("-h", "--help") else None
-            print(f"usage: {PROG} eval TASK ...; TASK is one of: {', '.join(tasks)}", file=sys.stdout if what else sys.stderr)
+            print(
+                f"usage: {PROG} eval TASK ...; TASK is one of: {', '.join(tasks)}",
+                file=sys.stdout if what else sys.stderr,
+            )
             return 0 if what else 2
         name, args = f"eval {args[0]}", args[1:]
     if name not in COMMANDS:
@@ -168,15 +176,10 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        # Only errors that are written for the user: a fault of ours should show where it is.
-        if type(error).__name__ not in ("CheckpointError", "Diverged"):
-            raise
+    except (CheckpointError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
+    except Interrupted as error:
         print(error, file=sys.stderr)
         return error.exit_code
     return 0

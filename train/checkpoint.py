@@ -23,7 +23,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 PyTree = Any
 
@@ -212,7 +212,7 @@ class Checkpoints:
             logging.getLogger("absl").removeFilter(_drop_orbax_traceback)
         self.wait()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -269,7 +269,7 @@ class Checkpoints:
     def _keeping_failure(self, step: int) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001 (whatever it is, training goes on, and `failure` tells it)
+        except Exception as error:
             self._failure = f"checkpoint {step} could not be saved in {self.directory}: {type(error).__name__}: {error}"
             with contextlib.suppress(OSError):
                 existing = next(path for path in (self.directory, *self.directory.parents) if path.exists())

@@ -154,12 +154,12 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         TrainConfig(
             name="tiny",
             context=256,
-            batch_size=8,
-            steps=1000,
+            batch_size=4,
+            steps=600,
             log_every=20,
-            eval_every=250,
-            eval_batches=8,
-            checkpoint_every=250,
+            eval_every=200,
+            eval_batches=32,
+            checkpoint_every=200,
             prompt="She had been ",
             model=ModelConfig(
                 num_layers=4,
@@ -169,12 +169,13 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
                 head_dim=32,
                 value_head_dim=32,
                 mlp_dim=352,
+                remat="attention",
                 dtype="float32",
                 nsa=NSAConfig(
                     compress_block=8, compress_stride=4, select_block=16, num_selected=6, num_local=2, window=32
                 ),
             ),
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=0.0),
+            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=60, final_fraction=0.0),
         ),
     ),
     "small": (

@@ -21,18 +21,15 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    import jax
-
     from train.tokenizer import Tokenizer
 
-    Array: TypeAlias = np.ndarray | jax.Array
-
+Array: TypeAlias = Any  # np.ndarray, and jax.Array once it is on the device
 Packing: TypeAlias = Literal["running", "documents"]
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,9 @@ def generate(run: Run, prompt: str, *, sampling: Sampling, max_tokens: int | Non
     tokens, context = run.tokenizer.encode(prompt), run.config.context
     if not len(tokens):
         if run.tokenizer.end_of_document is None:
-            raise ValueError("the prompt is empty, and this tokenizer has no token to begin a document with: give a prompt")
+            raise ValueError(
+                "the prompt is empty, and this tokenizer has no token to begin a document with: give a prompt"
+            )
         tokens = np.asarray([run.tokenizer.end_of_document], np.int32)
     if len(tokens) >= context:
         raise ValueError(

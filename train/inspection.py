@@ -46,7 +46,9 @@ def draw_choices(run: Run, text: str, folder: Path) -> list[Path]:
         ValueError: the run's attention is not "nsa", or the text is empty.
     """
     if run.config.model.attention != "nsa":
-        raise ValueError(f"{run.folder} was trained with attention={run.config.model.attention!r}: only 'nsa' selects blocks")
+        raise ValueError(
+            f"{run.folder} was trained with attention={run.config.model.attention!r}: only 'nsa' selects blocks"
+        )
     tokens = run.tokenizer.encode(text)[: run.config.context]
     if not len(tokens):
         raise ValueError("the text is empty: there is nothing to look at")

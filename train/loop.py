@@ -15,6 +15,7 @@ from train import plots
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.data import Batches, evaluation_batches, load_corpus, prefetch, tokenize
+from train.errors import Diverged, Interrupted
 from train.evaluate import Loss, LossMeter
 from train.generate import Sampling, generate
 from train.inspection import draw_choices
@@ -23,18 +24,6 @@ from train.report import Reporter, peak_flops, read_metrics
 from train.runs import Run, check_same_data, checkpoints_in, claim_folder, make_metadata, versions
 from train.step import Metrics, TrainState, abstract_state, init_state, make_train_step
 from train.tokenizer import make_tokenizer, tokenizer_from_json
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C; the state is saved."""
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.exit_code = 128 + signum
-
-
-class Diverged(RuntimeError):
-    """Too many steps in a row were not finite."""
 
 
 def default_folder(config: TrainConfig) -> Path:
@@ -100,7 +89,9 @@ def train(config: TrainConfig, folder: Path) -> Run:
             bytes_per_token=stream.bytes_per_token,
         )
         stack.enter_context(report)
-        for line in _introduction(config, network, folder, corpus.description, len(stream.tokens), tokenizer.vocab_size):
+        for line in _introduction(
+            config, network, folder, corpus.description, len(stream.tokens), tokenizer.vocab_size
+        ):
             report.say(line)
         if first:
             report.say(f"going on from step {first} of {config.steps}")
@@ -195,7 +186,7 @@ def _caught_signals() -> Iterator[list[int]]:
         caught.append(signum)
         signal.signal(signum, before[signum])
 
-    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGINT)}
+    before = {int(signum): signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield caught
     finally:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -97,7 +98,9 @@ class DenseAttention(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int) -> DenseCache:
         shape = (batch_size, max_length, self.config.num_kv_heads)
-        key, value = (jnp.zeros((*shape, size), self.dtype) for size in (self.config.head_dim, self.config.value_head_dim))
+        key, value = (
+            jnp.zeros((*shape, size), self.dtype) for size in (self.config.head_dim, self.config.value_head_dim)
+        )
         return DenseCache(KeyValue(key, value), jnp.zeros((batch_size,), jnp.int32))
 
     def _project(self, x: Hidden, position: Int32[Array, "B T"]) -> tuple[Array, Array, Array]:
@@ -143,7 +146,7 @@ class Layer(nnx.Module):
         kernel_init = nnx.initializers.lecun_normal()
         # The residual sum of 2 * num_layers terms starts with the variance of one.
         out_kernel_init = nnx.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
-        inits = dict(kernel_init=kernel_init, out_kernel_init=out_kernel_init, rngs=rngs)
+        inits: dict[str, Any] = dict(kernel_init=kernel_init, out_kernel_init=out_kernel_init, rngs=rngs)
         self.attention_norm = nnx.RMSNorm(config.model_dim, dtype=dtype, rngs=rngs)
         self.attention: NativeSparseAttention | DenseAttention
         if config.attention == "nsa":
@@ -167,7 +170,8 @@ class Layer(nnx.Module):
         self.mlp = SwiGLU(config, **inits)
 
     def __call__(self, x: Hidden, segment_ids: SegmentIds | None) -> Hidden:
-        x = x + self.attention(self.attention_norm(x), segment_ids=segment_ids)
+        out: Any = self.attention(self.attention_norm(x), segment_ids=segment_ids)
+        x = x + out
         return x + self.mlp(self.mlp_norm(x))
 
     def with_cache(self, x: Hidden, cache: Any, lengths: Int32[Array, "B"] | None) -> tuple[Hidden, Any]:
@@ -204,9 +208,7 @@ class LanguageModel(nnx.Module):
         self.layers = stack(rngs)
         self.norm = nnx.RMSNorm(config.model_dim, dtype=dtype, rngs=rngs)
         if not config.tie_embeddings:
-            self.head = nnx.Linear(
-                config.model_dim, self.padded_vocab_size, use_bias=False, dtype=dtype, rngs=rngs
-            )
+            self.head = nnx.Linear(config.model_dim, self.padded_vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
 
     def hidden(self, tokens: Tokens, segment_ids: SegmentIds | None = None) -> Hidden:
         """The last layer's output, normalised."""
@@ -224,9 +226,10 @@ class LanguageModel(nnx.Module):
     def unstacked_layers(self) -> list[Layer]:
         """Each layer with its own parameters."""
         graph, stacked = nnx.split(self.layers)
-        return [nnx.merge(graph, jax.tree.map(lambda x: x[i], stacked)) for i in range(self.config.num_layers)]
+        each = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(self.config.num_layers)]
+        return [nnx.merge(graph, state) for state in each]
 
-    def logits(self, hidden: Hidden) -> Float[Array, "B T vocab"]:
+    def logits(self, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows vocab"]:
         """Float32 logits of the tokenizer's tokens; those that only pad the vocabulary are left out."""
         logits = self.embed.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
         return logits[..., : self.vocab_size].astype(jnp.float32)
@@ -234,9 +237,7 @@ class LanguageModel(nnx.Module):
     def __call__(self, tokens: Tokens, segment_ids: SegmentIds | None = None) -> Float[Array, "B T vocab"]:
         return self.logits(self.hidden(tokens, segment_ids))
 
-    def losses(
-        self, tokens: Tokens, targets: Tokens, segment_ids: SegmentIds | None = None
-    ) -> Float[Array, "B T"]:
+    def losses(self, tokens: Tokens, targets: Tokens, segment_ids: SegmentIds | None = None) -> Float[Array, "B T"]:
         """Cross-entropy of each target, in nats, float32; logits are made in chunks and again in the backward pass."""
         hidden = self.hidden(tokens, segment_ids)
         batch, length, size = hidden.shape

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from math import isfinite, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,6 +45,7 @@ MAX_CELLS = 320
 MAX_PICTURE_TOKENS = 640
 
 
+@runtime_checkable
 class BlockSizes(Protocol):
     """What `reading_pattern` asks of a config, in tokens; `nsa_jax.NSAConfig` has it."""
 

@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -73,7 +73,7 @@ class Reporter:
         self._live: Live | None = None
         self._clock, self._clock_step = time.perf_counter(), first_step
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Reporter":
         if self._console.is_terminal:
             self._live = Live(Text(""), console=self._console, auto_refresh=False, transient=True)
             self._live.start()

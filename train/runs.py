@@ -1,10 +1,10 @@
 """A run's folder: what lies in it, and how a trained model is opened from it with no flags.
 
-    RUN/config.json         the configuration, to be read
-    RUN/checkpoints/        see train/checkpoint.py; each holds configuration, tokenizer, data hash and versions too
-    RUN/metrics.jsonl       a row for each logged step and each validation
-    RUN/tensorboard/        the same, where tensorboardX is installed
-    RUN/summary.json, sample.txt, loss.png, selected_blocks.png     written at the end
+RUN/config.json         the configuration, to be read
+RUN/checkpoints/        see train/checkpoint.py; each holds configuration, tokenizer, data hash and versions too
+RUN/metrics.jsonl       a row for each logged step and each validation
+RUN/tensorboard/        the same, where tensorboardX is installed
+RUN/summary.json, sample.txt, loss.png, selected_blocks.png     written at the end
 """
 
 import importlib.metadata
@@ -99,7 +99,9 @@ def claim_folder(folder: Path, config: TrainConfig) -> None:
     try:
         saved = json.loads(written.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{written} can't be read ({error}): move {folder} away, or give another with --run") from error
+        raise ValueError(
+            f"{written} can't be read ({error}): move {folder} away, or give another with --run"
+        ) from error
     if lines := differences(saved, json.loads(json.dumps(to_dict(config)))):
         raise ValueError(
             f"{folder} holds a run of another configuration:\n  "

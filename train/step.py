@@ -83,9 +83,7 @@ def abstract_state(network: Network, config: TrainConfig) -> TrainState:
     return jax.eval_shape(lambda: init_state(network, config))
 
 
-def make_train_step(
-    network: Network, config: TrainConfig
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(network: Network, config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step; the state that it is given is donated."""
     optimizer, schedule = make_optimizer(config), learning_rate_schedule(config)
     parts = config.optimizer.accumulate
@@ -118,9 +116,7 @@ def make_train_step(
         bad = 1 - good.astype(jnp.int32)
         # The schedule counts the steps that were taken.
         learning_rate = schedule(state.step - state.skipped)
-        state = TrainState(
-            params, opt_state, state.step + 1, state.skipped + bad, (state.bad_in_a_row + bad) * bad
-        )
+        state = TrainState(params, opt_state, state.step + 1, state.skipped + bad, (state.bad_in_a_row + bad) * bad)
         metrics = Metrics(loss, grad_norm, jnp.asarray(learning_rate), state.skipped, state.bad_in_a_row)
         return state, metrics
 

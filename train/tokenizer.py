@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ SMALLEST_BPE, LARGEST_BPE = 257, 65536
 _BYTES_JSON = json.dumps({"nsa_jax_tokenizer": "bytes"})
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of `train` knows of a tokenizer."""
 
