@@ -19,9 +19,9 @@ from nsa_jax.shapes import KeyValue
 class NSACache(NamedTuple):
     """The cache of one attention layer: a pytree of arrays with fixed shapes, given to functions and returned by them.
 
-    `compressed` `[B, C, K, ...]` with C = `config.num_compressed(max_length)`; `selected` `[B, max_length, K, ...]`; `window`
-    `[B, w, K, ...]`, the token at position p in row `p % w`; `uncompressed` `[B, l, K, ...]`, likewise in row `p % l`; `lengths`
-    int32 `[B]`: tokens seen so far. Rows that nothing was written to are zero.
+    `compressed` is `[B, C, K, ...]` with C = `config.num_compressed(max_length)`; `selected` `[B, max_length, K, ...]`;
+    `window` `[B, w, K, ...]`, the token at position p in row `p % w`; `uncompressed` `[B, l, K, ...]`, likewise in row `p % l`;
+    `lengths` int32 `[B]`: tokens seen so far. Rows that nothing was written to are zero.
     """
 
     compressed: KeyValue

@@ -559,6 +559,7 @@ def test_evaluation_has_every_target_once(num_tokens: int) -> None:
     assert len(batches) == -(-(num_tokens - 1) // 12)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_batches_refuse() -> None:
     def make(
         num_tokens: int = 9, context: int = 8, batch_size: int = 1, seed: int = 0, packing: str = "running"

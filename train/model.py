@@ -316,24 +316,21 @@ class Network:
         Attention costs `2 (H + V)` per head and key read forward and twice that backward; the keys read are the mean over
         the positions of the context. Of NSA, its selection scores count (2 H per head and compressed token, no backward).
         """
-        config = self.config
-        params = self.abstract_params()
-        matrices = sum(math.prod(x.shape) for path, x in _paths(params) if path[-1] == "kernel")
-        # The token embedding is a product only as the output matrix; phi's kernels work once every d tokens.
+        config, params = self.config, self.abstract_params()
+        matrices = 0.0
+        for path, x in _paths(params):
+            if path[-1] == "kernel":
+                phi = any(name.startswith("compress_") for name in path)
+                # phi works on each key/value head, and but for the gates of gated pooling once every d tokens.
+                uses = config.num_kv_heads / (1 if path[-2] == "gate" else config.nsa.compress_stride) if phi else 1
+                matrices += math.prod(x.shape) * uses
+        # Looking an embedding up costs nothing; as the output matrix it is a product like others.
         if config.tie_embeddings:
             matrices += math.prod(params["embed"]["embedding"].shape)
-        for path, x in _paths(params):
-            if path[-1] == "kernel" and any(part.startswith("compress_") for part in path):
-                matrices -= math.prod(x.shape)
-                per_token = config.nsa.compress_block / config.nsa.compress_stride if path[-2] == "blocks" else 1.0
-                if path[-2] == "blocks":
-                    matrices += math.prod(x.shape) / config.nsa.compress_block * per_token * config.num_kv_heads
-                else:
-                    matrices += math.prod(x.shape) / config.nsa.compress_stride * config.num_kv_heads
         keys, compressed = mean_keys_read(config, context)
         heads = config.num_layers * config.num_heads
         attention = heads * (6 * (config.head_dim + config.value_head_dim) * keys + 2 * config.head_dim * compressed)
-        return 6.0 * matrices + attention
+        return 6 * matrices + attention
 
 
 def mean_keys_read(config: ModelConfig, context: int) -> tuple[float, float]:

@@ -505,12 +505,7 @@ def main(folder: str = "docs/figures") -> None:
             wandering.append(int(random.choice([block for block in free if block not in wandering])))
         chosen = sorted(forced | set(wandering))
         blocks[position, : len(chosen)] = chosen
-    for suffix in ("png", "svg"):
-        print(
-            reading_pattern(
-                Path(folder) / f"reading_pattern.{suffix}", config=config, num_tokens=num_tokens, blocks=blocks
-            )
-        )
+    print(reading_pattern(Path(folder) / "reading_pattern.png", config=config, num_tokens=num_tokens, blocks=blocks))
 
 
 if __name__ == "__main__":
