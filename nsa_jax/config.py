@@ -87,6 +87,8 @@ def check_inputs(
         raise ValueError(f"config must be an NSAConfig, not {type(config).__name__}")
     if len(query.shape) != 4:
         raise ValueError(f"query must be [B, T, N, H], but its shape is {tuple(query.shape)}")
+    if 0 in query.shape:
+        raise ValueError(f"query must have at least one number, but its shape is {tuple(query.shape)}")
     _check_float("query", query)
     batch, _, num_heads, head_dim = query.shape
     if not isinstance(num_keys, int) or num_keys < 1:

@@ -49,12 +49,12 @@ def probabilities(
     """
     num_queries, group, size = query.shape
     # The group's heads are rows of one matrix: they read the same keys.
-    rows, visible = query.reshape(-1, size), jnp.repeat(visible, group, axis=0)
+    rows, visible = query.reshape(num_queries * group, size), jnp.repeat(visible, group, axis=0)
     scores = jnp.where(visible, _dot("rh,xh->rx", rows, key) * scale, MASKED)
     highest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=MASKED))
     weights = jnp.where(visible, jnp.exp(scores - highest), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return (weights / jnp.where(total == 0.0, 1.0, total)).reshape(num_queries, group, -1)
+    return (weights / jnp.where(total == 0.0, 1.0, total)).reshape(num_queries, group, key.shape[0])
 
 
 def attention(
@@ -69,7 +69,9 @@ def attention(
     seen = jnp.any(visible, axis=0)[:, None]
     key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
     p = probabilities(query, key, visible, scale).astype(value.dtype)
-    return _dot("rx,xv->rv", p.reshape(-1, p.shape[-1]), value).reshape(*query.shape[:2], value.shape[-1])
+    num_queries, group, num_keys = p.shape
+    out = _dot("rx,xv->rv", p.reshape(num_queries * group, num_keys), value)
+    return out.reshape(num_queries, group, value.shape[-1])
 
 
 def segment_starts(segment_ids: Int32[Array, "S"]) -> Int32[Array, "S"]:
@@ -89,14 +91,13 @@ def _same_segment(
 def visible_compressed(
     positions: Int32[Array, "Q"], num_compressed: int, segment_ids: Int32[Array, "S"] | None, config: NSAConfig
 ) -> Bool[Array, "Q C"]:
-    """Compressed token i, of tokens `i*d .. i*d + l-1`, is seen from its last token on, by that one's own segment (eq. 7).
+    """Compressed token i, of tokens `i*d .. i*d + l-1`, is seen from its last token on (eq. 7).
 
-    With segments, its first token must be of the query's segment as well.
+    With segments, its first token must be of the query's; so is its last then, which lies between that and the query.
     """
     first = jnp.arange(num_compressed, dtype=jnp.int32) * config.compress_stride
     last = first + config.compress_block - 1
-    visible = last[None, :] <= positions[:, None]
-    return visible & _same_segment(positions, first, segment_ids) & _same_segment(positions, last, segment_ids)
+    return (last[None, :] <= positions[:, None]) & _same_segment(positions, first, segment_ids)
 
 
 def importance(p_cmp: Float[Array, "Q C"], num_blocks: int, config: NSAConfig) -> Float[Array, "Q M"]:

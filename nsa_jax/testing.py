@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,11 +133,10 @@ def assert_as_accurate(
     Raises:
         AssertionError: the error is larger, or something is not finite.
     """
-    if actual.dtype != reference.dtype or actual.shape != exact.shape:
-        raise AssertionError(f"{name} is {actual.dtype}{actual.shape}, not {reference.dtype}{exact.shape}")
+    chex.assert_trees_all_equal_shapes_and_dtypes({name: actual}, {name: reference})
+    chex.assert_equal_shape([actual, exact], custom_message=name)
+    chex.assert_tree_all_finite({name: actual})
     got, want, ideal = (np.asarray(x, np.float64) for x in (actual, reference, exact))
-    if not np.isfinite(got).all():
-        raise AssertionError(f"{name}: {np.count_nonzero(~np.isfinite(got))} of {got.size} numbers are not finite")
     if not got.size:
         return
     terms = 32 if actual.dtype == jnp.float32 else 1

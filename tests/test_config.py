@@ -96,7 +96,17 @@ def test_extremes_are_taken(fields):
 
 @pytest.mark.parametrize(
     "num_keys, compressed, blocks",
-    [(1, 0, 1), (31, 0, 1), (32, 1, 1), (47, 1, 1), (48, 2, 1), (64, 3, 1), (65, 3, 2), (128, 7, 2), (65536, 4095, 1024)],
+    [
+        (1, 0, 1),
+        (31, 0, 1),
+        (32, 1, 1),
+        (47, 1, 1),
+        (48, 2, 1),
+        (64, 3, 1),
+        (65, 3, 2),
+        (128, 7, 2),
+        (65536, 4095, 1024),
+    ],
 )
 def test_counts_of_compressed_tokens_and_blocks(num_keys, compressed, blocks):
     assert NSAConfig().num_compressed(num_keys) == compressed
@@ -138,7 +148,9 @@ def test_public_names():
 
 
 def test_unknown_name():
-    with pytest.raises(AttributeError, match=r"^module 'nsa_jax' has no attribute 'NSAttention'; it has KeyValue, NSACache"):
+    with pytest.raises(
+        AttributeError, match=r"^module 'nsa_jax' has no attribute 'NSAttention'; it has KeyValue, NSACache"
+    ):
         nsa_jax.NSAttention  # noqa: B018
 
 
@@ -150,7 +162,9 @@ def array(*shape, dtype=jnp.float32):
 
 
 def pair(length, *, batch=2, heads=2, head_dim=6, value_head_dim=3, dtype=jnp.float32):
-    return KeyValue(array(batch, length, heads, head_dim, dtype=dtype), array(batch, length, heads, value_head_dim, dtype=dtype))
+    return KeyValue(
+        array(batch, length, heads, head_dim, dtype=dtype), array(batch, length, heads, value_head_dim, dtype=dtype)
+    )
 
 
 def segments(*shape, dtype=jnp.int32):
@@ -342,7 +356,9 @@ CHANGES += [("value", {"heads": 4}), ("value", {"value_head_dim": 6}), ("value",
 def test_shapes_of_the_branches(branch, part, sizes, unchecked_shapes, nothing_runs):
     arguments = {**VALID, branch: changed(branch, part, **sizes)}
     # With K or V of one branch off, which of the three is wrong is not known: any is named.
-    message = r"(compressed|selected|window)[. ](key|keys|value) must be \[B, (length|C), K, [HV]\] = .*, but its shape is "
+    message = (
+        r"(compressed|selected|window)[. ](key|keys|value) must be \[B, (length|C), K, [HV]\] = .*, but its shape is "
+    )
     raises_before_tracing(attend, arguments, message, traced=True)
 
 
@@ -355,12 +371,16 @@ def test_dtype_and_rank_of_the_branches(branch, part, unchecked_shapes, nothing_
     raises_before_tracing(attend, arguments, message, traced=True)
 
     arguments = {**VALID, branch: VALID[branch]._replace(**{part: array(2, 4, 6)})}
-    raises_before_tracing(attend, arguments, rf"{branch}.{part} must have 4 axes, but its shape is \(2, 4, 6\)", traced=True)
+    raises_before_tracing(
+        attend, arguments, rf"{branch}.{part} must have 4 axes, but its shape is \(2, 4, 6\)", traced=True
+    )
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize(
-    "wrong", [array(2, 4, 2, 6), list(pair(4)), (*pair(4), None), tuple(pair(20))], ids=["array", "list", "three", "tuple"]
+    "wrong",
+    [array(2, 4, 2, 6), list(pair(4)), (*pair(4), None), tuple(pair(20))],
+    ids=["array", "list", "three", "tuple"],
 )
 def test_branches_are_key_value_pairs(branch, wrong, unchecked_shapes, nothing_runs):
     with pytest.raises(ValueError, match=rf"{branch} must be KeyValue\(key, value\), not \w+"):

@@ -50,7 +50,9 @@ def test_wheel_is_used_from_an_empty_environment(wheel: Path, tmp_path: Path):
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     installed = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel], capture_output=True, text=True
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel],
+        capture_output=True,
+        text=True,
     )
     if installed.returncode:
         # Without a package index the dependencies come from this environment; the wheel itself is installed alone.

@@ -1,5 +1,6 @@
 """The reference against loops in float64, and against worked examples of each rule of the design, numbered as there."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -86,13 +87,35 @@ class Solved(NamedTuple):
         }
 
 
-# What the reference does with long texts, and here with short ones: it works in chunks of queries (here of a size that
-# does not divide the text), and gathers each query's blocks where it otherwise reads all keys under a mask.
+def with_window(case, window):
+    return dataclasses.replace(case, config=dataclasses.replace(case.config, window=window))
+
+
+# For `long_text`, each with a config that no other test has.
 LONG = {
-    "chunked": CASES["segments_unaligned"],
-    "gathered": CASES["query_start_per_sequence"],
-    "gathered_segments": CASES["segments_unaligned"],
+    "chunked": with_window(CASES["segments_unaligned"], 21),
+    "gathered": with_window(CASES["query_start_per_sequence"], 22),
+    "gathered_segments": with_window(CASES["segments_unaligned"], 23),
 }
+
+
+@contextlib.contextmanager
+def long_text(*, gathers):
+    """What the reference does with long texts, on short ones: chunks of queries, and each query's blocks gathered.
+
+    The library keeps what it has traced, so that a config is needed that was not traced before.
+    """
+    asked = []
+
+    def reads_all(*sizes):
+        asked.append(sizes)
+        return not gathers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "MAX_CHUNK", 16)  # does not divide the texts
+        patch.setattr(reference, "_reads_all", reads_all)
+        yield
+    assert asked, "an earlier trace was used"
 
 
 @pytest.fixture(scope="module", params=[*CASES, *LONG])
@@ -100,9 +123,7 @@ def solved(request):
     name = request.param
     if name in CASES:
         return solve(CASES[name])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "MAX_CHUNK", 16)
-        patch.setattr(reference, "_reads_all", lambda *sizes: name == "chunked")
+    with long_text(gathers=name != "chunked"):
         return solve(LONG[name])
 
 
@@ -319,10 +340,11 @@ def apply(inputs, *, config=TINY, attend=attend, **arguments):
     )
 
 
-@functools.partial(jax.jit, static_argnames="query_start")
-def out_and_grads(inputs, blocks=None, query_start=0):
+@functools.partial(jax.jit, static_argnames=("query_start", "config"))
+def out_and_grads(inputs, blocks=None, query_start=0, config=TINY):
     """The output, and the gradients of its sum."""
-    out, backward = jax.vjp(lambda *inputs: apply(inputs, selected_blocks=blocks, query_start=query_start), *inputs)
+    arguments = {"selected_blocks": blocks, "query_start": query_start, "config": config}
+    out, backward = jax.vjp(lambda *inputs: apply(inputs, **arguments), *inputs)
     return out, backward(jnp.ones_like(out))
 
 
@@ -556,20 +578,15 @@ def test_blocks_given_by_the_caller():
     np.testing.assert_array_equal(read.selected[0], expected)
 
 
-@pytest.mark.parametrize("reads_all", [True, False])
-def test_blocks_given_by_the_caller_equal_the_oracle(monkeypatch, reads_all):
+@pytest.mark.parametrize("gathers", [False, True])
+def test_blocks_given_by_the_caller_equal_the_oracle(gathers):
     """Under a mask, and gathered for each query."""
-    monkeypatch.setattr(reference, "_reads_all", lambda *sizes: reads_all)
-    inputs = random_inputs(queries=15, keys=19, seed=6)
-    blocks = np.random.default_rng(7).integers(-2, 7, size=(2, 15, 2, 7)).astype(np.int32)
-    arguments = {"config": TINY, "selected_blocks": jnp.asarray(blocks), "query_start": 3}
-
-    @jax.jit
-    def run(inputs):
-        out, backward = jax.vjp(lambda *inputs: apply(inputs, attend=on_xla(nsa_attention), **arguments), *inputs)
-        return out, backward(jnp.ones_like(out))
-
-    out, grads = run(inputs)
+    inputs = random_inputs(queries=17, keys=21, seed=6)
+    blocks = np.random.default_rng(7).integers(-2, 7, size=(2, 17, 2, 7)).astype(np.int32)
+    config = dataclasses.replace(TINY, window=5 if gathers else 4)
+    with long_text(gathers=gathers):
+        out, grads = out_and_grads(inputs, blocks, query_start=3, config=config)
+    arguments = {"config": config, "selected_blocks": blocks, "query_start": 3}
     assert_close(out, oracle.attention(*inputs, **arguments), "out")
     expected = oracle.gradients(*inputs, np.ones(out.shape), **arguments)
     for actual, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(tuple(expected)), strict=True):

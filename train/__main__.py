@@ -25,17 +25,32 @@ class RunArguments:
 
 
 def run_command(args: Sequence[str]) -> None:
-    presets = {name: (description, RunArguments(config=config)) for name, (description, config) in PRESETS.items()}
-    parsed = tyro.extras.overridable_config_cli(
-        presets,
-        prog=f"{PROG} run",
-        description="Train a language model. PRESET --help lists what can be changed.",
-        args=args,
+    if not args or args[0] in ("-h", "--help"):
+        print("\n".join([f"usage: {PROG} run PRESET ...", "", *_preset_lines()]), file=None if args else sys.stderr)
+        raise SystemExit(0 if args else 2)
+    name, flags = args[0], args[1:]
+    if name not in PRESETS:
+        raise ValueError("\n".join([f"there is no preset {name!r}, choose from", "", *_preset_lines()]))
+    description, config = PRESETS[name]
+    parsed = tyro.cli(
+        RunArguments,
+        default=RunArguments(config=config),
+        prog=f"{PROG} run {name}",
+        description=description,
+        args=flags,
         config=(tyro.conf.OmitArgPrefixes,),
     )
     from train.loop import default_folder, train
 
     train(parsed.config, parsed.run or default_folder(parsed.config))
+
+
+def _preset_lines() -> list[str]:
+    return [
+        *(f"  {name:<6} {description}" for name, (description, _) in PRESETS.items()),
+        "",
+        f"`{PROG} run PRESET --help` lists what can be changed, with units and defaults.",
+    ]
 
 
 def eval_loss(
@@ -57,6 +72,8 @@ def eval_loss(
         step: Checkpoint to read; the last one if not given.
         output: Folder for the results; the first run folder if not given.
     """
+    if not run:
+        raise ValueError("--run names no folder: give one or more")
     from train import plots
     from train.evaluate import evaluate_loss
     from train.runs import open_run
@@ -173,7 +190,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         COMMANDS[name][1](args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (CheckpointError, Diverged) as error:

@@ -297,7 +297,10 @@ class Checkpoints:
         for before in reversed(steps[: steps.index(step)]):
             with contextlib.suppress(_Damage):
                 _read_manifest(self._folder(before), contents=True)
-                remedy = f"The checkpoint before it, step {before}, is whole: use --step {before} or move {folder} away"
+                remedy = (
+                    f"The checkpoint before it, step {before}, is whole: use --step {before} or move {folder} away "
+                    "(`run` has no --step: once that folder is gone, it goes on from the one before)"
+                )
                 raise CheckpointError(message + remedy)
         raise CheckpointError(f"{message}No checkpoint before it is whole: bring it back from a copy, or train anew")
 

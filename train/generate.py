@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from train.model import Network, Params
 from train.runs import Run
+from train.tokenizer import Tokenizer
 
 
 class Sampling(NamedTuple):
@@ -83,25 +84,36 @@ def generate_tokens(
     return lax.while_loop(going_on, one_token, first)[3]
 
 
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, context: int) -> Int32[np.ndarray, "T"]:
+    """The tokens of a prompt; the end of a document, behind which another begins, for an empty one.
+
+    Raises:
+        ValueError: the prompt leaves no room in the context, or is empty where the tokenizer has no such token.
+    """
+    tokens = tokenizer.encode(prompt)
+    if not len(tokens):
+        if tokenizer.end_of_document is None:
+            raise ValueError(
+                "the prompt is empty, and this tokenizer has no token to begin a document with: give a prompt"
+            )
+        return np.asarray([tokenizer.end_of_document], np.int32)
+    if len(tokens) >= context:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens, but the model's context is {context}: "
+            f"shorten it to at most {context - 1}"
+        )
+    return tokens
+
+
 def generate(run: Run, prompt: str, *, sampling: Sampling, max_tokens: int | None, seed: int) -> str:
     """The continuation of a prompt, without the prompt; it ends early where the model ends the document.
 
     Raises:
-        ValueError: the prompt is empty or longer than the context, or a number is out of range.
+        ValueError: the prompt does not fit, see `prompt_tokens`, or a number is out of range.
     """
     sampling.check()
-    tokens, context = run.tokenizer.encode(prompt), run.config.context
-    if not len(tokens):
-        if run.tokenizer.end_of_document is None:
-            raise ValueError(
-                "the prompt is empty, and this tokenizer has no token to begin a document with: give a prompt"
-            )
-        tokens = np.asarray([run.tokenizer.end_of_document], np.int32)
-    if len(tokens) >= context:
-        raise ValueError(
-            f"the prompt has {len(tokens)} tokens, but the model was trained on a context of {context}: "
-            f"shorten it to at most {context - 1}"
-        )
+    context = run.config.context
+    tokens = prompt_tokens(run.tokenizer, prompt, context)
     room = context - len(tokens)
     max_tokens = min(200, room) if max_tokens is None else max_tokens
     if not 1 <= max_tokens <= room:

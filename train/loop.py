@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 
 from train import plots
-from train.checkpoint import Checkpoints
+from train.checkpoint import CheckpointError, Checkpoints
 from train.config import TrainConfig
 from train.data import Batches, evaluation_batches, load_corpus, prefetch, tokenize
 from train.errors import Diverged, Interrupted
 from train.evaluate import Loss, LossMeter
-from train.generate import Sampling, generate
+from train.generate import Sampling, generate, prompt_tokens
 from train.inspection import draw_choices
 from train.model import Network
 from train.report import Reporter, peak_flops, read_metrics
@@ -57,12 +57,13 @@ def train(config: TrainConfig, folder: Path) -> Run:
         seed=config.seed,
         packing=config.data.packing,
     )
+    prompt_tokens(tokenizer, config.prompt, config.context)  # else its error would come at the end
+    network = Network(config.model, tokenizer.vocab_size)
+    step_function, meter = make_train_step(network, config), LossMeter(network)
+    jax.eval_shape(step_function, abstract_state(network, config), batches.at(0))  # raises all that tracing can
     claim_folder(folder, config)
     if metadata is not None:
         check_same_data(metadata, corpus.sha256, folder)
-
-    network = Network(config.model, tokenizer.vocab_size)
-    step_function, meter = make_train_step(network, config), LossMeter(network)
 
     def validate(state: TrainState, limit: int | None) -> Loss:
         every = evaluation_batches(
@@ -135,6 +136,7 @@ def train(config: TrainConfig, folder: Path) -> Run:
             if validation is not None or done % config.checkpoint_every == 0:
                 report.restart_clock(done)
             if signals and done < config.steps:
+                _finish_save(checkpoints, report)
                 checkpoints.save(done, state, saved, validation_loss=validation)
                 checkpoints.wait()
                 name = signal.Signals(signals[0]).name
@@ -143,6 +145,7 @@ def train(config: TrainConfig, folder: Path) -> Run:
         if first < config.steps:
             result = validate(state, None)
             report.validation(config.steps, loss=result.loss, bits_per_byte=result.bits_per_byte)
+            _finish_save(checkpoints, report)
             checkpoints.save(config.steps, state, saved, validation_loss=result.loss)
             checkpoints.wait()
         else:
@@ -167,13 +170,21 @@ def _introduction(
     )
 
 
+def _finish_save(checkpoints: Checkpoints, report: Reporter) -> None:
+    """Wait for the save in flight; that it failed matters no more once a later state is saved."""
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        report.say(f"warning: {error}")
+
+
 def _check_finite(step: int, metrics: Metrics, config: TrainConfig) -> None:
     count = int(metrics.bad_in_a_row)
     if count >= config.optimizer.max_bad_steps:
         raise Diverged(
-            f"step {step} was the {count}th in a row whose loss ({float(metrics.loss)}) or gradient norm "
-            f"({float(metrics.grad_norm)}) is not finite, so the run stopped; its last checkpoint is from before. "
-            "Try a lower learning_rate, more warmup_steps or a smaller clip_norm, with another --run"
+            f"step {step}: loss {float(metrics.loss)}, gradient norm {float(metrics.grad_norm)}. With max_bad_steps={count} "
+            "such steps in a row the run stopped; they changed no parameters. Try a lower learning_rate, more warmup_steps or "
+            "a smaller clip_norm, with another --run"
         )
 
 

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from nsa_jax.cache import NSACache
 from nsa_jax.module import NativeSparseAttention, check_cache_room, mark_overflow, rotate
 from nsa_jax.ops import save_attention
 from nsa_jax.reference import segment_starts
-from nsa_jax.shapes import KeyValue, SegmentIds
+from nsa_jax.shapes import Key, KeyValue, Out, Query, SegmentIds, Value
 from train.config import MAX_PACKED_DENSE, ModelConfig
 
 Tokens = Int32[Array, "B T"]
@@ -92,7 +93,7 @@ class DenseAttention(nnx.Module):
         visible = ago >= 0
         if self.config.attention == "window":
             visible &= ago < self.config.nsa.window
-        out = self.out(jax.nn.dot_product_attention(query, *tokens, mask=visible))
+        out = self.out(dense_attention(query, *tokens, mask=visible))
         out = mark_overflow(out, cache.lengths, num_real, max_length=capacity)
         return out, DenseCache(tokens, cache.lengths + num_real)
 
@@ -114,7 +115,7 @@ class DenseAttention(nnx.Module):
         window = (self.config.nsa.window - 1, 0) if self.config.attention == "window" else None
         # cuDNN reads 16-bit numbers, and heads of one size.
         use_cudnn = jax.default_backend() == "gpu" and query.dtype.itemsize == 2 and query.shape[-1] == value.shape[-1]
-        return jax.nn.dot_product_attention(
+        out = dense_attention(
             query,
             key,
             value,
@@ -123,6 +124,18 @@ class DenseAttention(nnx.Module):
             local_window_size=window,
             implementation="cudnn" if use_cudnn else "xla",
         )
+        return checkpoint_name(out, "nsa_out")  # what `save_attention` saves
+
+
+def dense_attention(query: Query, key: Key, value: Value, **options: Any) -> Out:
+    """`jax.nn.dot_product_attention`, which wants heads of one size: zeros make them so, and change nothing."""
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+
+    def widen(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, max(head_dim, value_dim) - x.shape[-1])))
+
+    out = jax.nn.dot_product_attention(widen(query), widen(key), widen(value), scale=head_dim**-0.5, **options)
+    return out[..., :value_dim]
 
 
 class SwiGLU(nnx.Module):

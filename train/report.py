@@ -1,5 +1,6 @@
 """Watching a run: a progress line, `metrics.jsonl`, TensorBoard."""
 
+import contextlib
 import json
 import math
 import sys
@@ -12,17 +13,19 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-# Dense 16-bit matrix peak, FLOP/s, by the beginning of jax's `device_kind`: NVIDIA's data sheets of the SXM parts.
+# Dense 16-bit matrix peak, FLOP/s, by jax's `device_kind`: NVIDIA's data sheets of the SXM parts. The whole name, because
+# "NVIDIA H200 NVL" is a slower part.
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA A100-SXM4": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
     """The device's peak, or None where it is not known: a wrong one would give a wrong utilisation."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
+    return PEAK_FLOPS.get(device_kind)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -69,7 +72,7 @@ class Reporter:
         rewritten.replace(self._path)
         self._file: TextIO | None = self._path.open("a")
         self._tensorboard = _tensorboard(folder, first_step)
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, emoji=False)
         self._live: Live | None = None
         self._clock, self._clock_step = time.perf_counter(), first_step
 
@@ -137,18 +140,25 @@ class Reporter:
     def _write(self, row: dict[str, Any]) -> None:
         # JSON has no NaN or infinity.
         row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+        # A full disk must not end the training.
+        if self._file:
+            try:
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+            except OSError as error:
+                self.say(f"warning: {self._path} can't be written ({error}): from here on it has no metrics")
+                with contextlib.suppress(OSError):
+                    self._file.close()
+                self._file = None
         if self._tensorboard:
-            for key, value in row.items():
-                if key != "step" and value is not None:
-                    self._tensorboard.add_scalar(key, value, row["step"])
-        if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        except OSError as error:  # a full disk must not end the training
-            self.say(f"warning: {self._path} can't be written ({error}): metrics go to the terminal alone from here on")
-            self._file = None
+            try:
+                self._tensorboard.write(row)
+            except OSError as error:
+                self.say(
+                    f"warning: {self._tensorboard.folder} can't be written ({error}): from here on it has no metrics"
+                )
+                self._tensorboard.close()
+                self._tensorboard = None
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
@@ -156,15 +166,52 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     return nats_per_token / math.log(2) / bytes_per_token
 
 
-def _tensorboard(folder: Path, first_step: int) -> Any:
+class _TensorBoard:
+    """An event file for TensorBoard.
+
+    Written here and now: tensorboardX's `SummaryWriter` leaves it to a thread, which a full disk ends, and then waits for
+    that thread for ever.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+        from tensorboardX.summary import scalar
+
+        self.folder = folder
+        self._event, self._scalar = Event, scalar
+        folder.mkdir(exist_ok=True)
+        self._records = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}"))
+        self._write(file_version="brain.Event:2")
+        # TensorBoard drops what an earlier start wrote for this step and later ones.
+        self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._flushed = time.monotonic()
+
+    def write(self, row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                self._write(step=row["step"], summary=self._scalar(key, value))
+        # Flushing waits for the disk.
+        if time.monotonic() - self._flushed > 30:
+            self._records.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._records.close()
+
+    def _write(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+
+def _tensorboard(folder: Path, first_step: int) -> _TensorBoard | None:
     try:
         with warnings.catch_warnings():
             # tensorboardX's generated protobuf code warns on import, which is nothing that a user can mend.
             warnings.simplefilter("ignore", DeprecationWarning)
-            from tensorboardX import SummaryWriter
+            return _TensorBoard(folder / "tensorboard", first_step)
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
 
 def _si(number: float) -> str:

@@ -106,7 +106,7 @@ def make_train_step(network: Network, config: TrainConfig) -> Callable[[TrainSta
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, gradient = loss_and_gradient(state.params, batch)
-        grad_norm = optax.global_norm(gradient)
+        grad_norm = optax.tree.norm(gradient)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         stepped = (optax.apply_updates(state.params, updates), opt_state)

@@ -1,0 +1,388 @@
+"""Decoding: the cached layer gives what one call without cache gives, at every position, however the text arrives."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from nsa_jax import NativeSparseAttention, NSACache, NSAConfig
+from nsa_jax.compression import COMPRESSIONS
+from nsa_jax.testing import SMALL
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Compressed token i ends at 2i + 3; block j holds 4j .. 4j + 3; of eight blocks a query reads three.
+TINY = NSAConfig(
+    compress_block=4, compress_stride=2, select_block=4, num_selected=3, num_initial=1, num_local=1, window=5
+)
+SIZES = dict(num_heads=4, in_features=10, num_kv_heads=2, head_dim=6, value_head_dim=3, config=TINY)
+LENGTH = 31  # odd: the last compressed token and block are incomplete
+BATCH = 3
+
+
+@functools.cache
+def make(phi="mlp", normalize_qk=True, **arguments):
+    """A module whose every parameter is Gaussian."""
+    arguments = {**SIZES, "compression": phi, "normalize_qk": normalize_qk, **arguments}
+    graph, state = nnx.split(nnx.eval_shape(lambda: NativeSparseAttention(**arguments, rngs=nnx.Rngs(0))))
+    draw = np.random.default_rng(0)
+    return nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(0.6 * draw.normal(size=x.shape), x.dtype), state))
+
+
+def text(*, batch=BATCH, length=LENGTH, seed=1):
+    return np.random.default_rng(seed).normal(size=(batch, length, 10)).astype(np.float32)
+
+
+@functools.cache
+def uncached(module):
+    """The judge: one call without cache."""
+    return np.asarray(nnx.jit(lambda module, x: module(x))(module, text()))
+
+
+@nnx.jit
+def step(module, x, cache, lengths=None):
+    return module(x, cache=cache, lengths=lengths)
+
+
+@nnx.jit
+def roll(module, chunks, cache, lengths):
+    """Chunks `[steps, B, T, E]` one after the other in one program, of which `lengths` `[steps, B]` are real."""
+
+    def one(cache, chunk):
+        out, cache = module(chunk[0], cache=cache, lengths=chunk[1])
+        return cache, out
+
+    cache, out = lax.scan(one, cache, (chunks, lengths))
+    return out, cache
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def deal(x, takes, size):
+    """Chunks of `size` of which the first `takes[step, b]` continue sequence b of x; the rest are NaN."""
+    chunks = np.full((len(takes), x.shape[0], size, x.shape[2]), np.nan, np.float32)
+    for b in range(x.shape[0]):
+        start = 0
+        for chunk, take in zip(chunks[:, b], takes[:, b], strict=True):
+            chunk[:take] = x[b, start : start + take]
+            start += take
+    return chunks
+
+
+def collect(out, takes):
+    """The real outputs of each sequence in their order."""
+    return [
+        np.concatenate([chunk[:take] for chunk, take in zip(np.asarray(out)[:, b], takes[:, b], strict=True)])
+        for b in range(takes.shape[1])
+    ]
+
+
+# However the text arrives: all of LENGTH, so that each boundary of a compressed token, block and window is crossed.
+
+KINDS = [("mean", True), ("linear", False), ("mlp", True), ("gated_pool", False)]
+
+
+@pytest.mark.parametrize("phi, normalize_qk", KINDS)
+def test_token_by_token(phi, normalize_qk):
+    module = make(phi, normalize_qk)
+    chunks = text().transpose(1, 0, 2)[:, :, None]
+    out, cache = roll(module, chunks, module.init_cache(BATCH, LENGTH), jnp.ones((LENGTH, BATCH), jnp.int32))
+    close(out[:, :, 0].transpose(1, 0, 2), uncached(module))
+    np.testing.assert_array_equal(cache.lengths, LENGTH)
+
+
+# Of each sequence, chunks of 0 to 7 tokens of its own, up to all of it.
+RAGGED = np.asarray([[6, 0, 1], [1, 1, 6], [6, 4, 0], [0, 2, 3], [4, 3, 2], [0, 7, 7], [3, 6, 5], [6, 0, 7], [5, 3, 0]])
+
+
+def roll_ragged(module, x, takes, *, padding=np.nan):
+    chunks = deal(x, takes, 7)
+    chunks = np.where(np.isnan(chunks), np.float32(padding), chunks)
+    return roll(module, chunks, module.init_cache(x.shape[0], LENGTH + 3), jnp.asarray(takes, jnp.int32))
+
+
+@pytest.mark.parametrize("phi, normalize_qk", KINDS[1:3])
+def test_ragged_chunks(phi, normalize_qk):
+    """What pads them is NaN, and never leaks."""
+    module = make(phi, normalize_qk)
+    out, cache = roll_ragged(module, text(), RAGGED)
+    np.testing.assert_array_equal(cache.lengths, [31, 26, 31])
+    for got, expected in zip(collect(out, RAGGED), uncached(module), strict=True):
+        close(got, expected[: len(got)])
+    for array in jax.tree.leaves(cache):
+        assert np.isfinite(array).all()
+
+
+def test_each_sequence_equals_itself_alone():
+    module, x = make(), text()
+    out, caches = roll_ragged(module, x, RAGGED)
+    for b in range(BATCH):
+        alone, cache = roll_ragged(module, x[b : b + 1], RAGGED[:, b : b + 1])
+        close(collect(alone, RAGGED[:, b : b + 1])[0], collect(out, RAGGED)[b])
+        for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(caches), strict=True):
+            close(one[0], other[b])
+
+
+def test_padding_leaves_no_trace():
+    """Whatever it holds, the cache is the same to the bit, and outputs, where the padding is finite, are finite."""
+    module, x = make(), text()
+    out, cache = roll_ragged(module, x, RAGGED)
+    other_out, other_cache = roll_ragged(module, x, RAGGED, padding=3.0)
+    assert np.isfinite(other_out).all()
+    for one, other in zip(collect(out, RAGGED), collect(other_out, RAGGED), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(other_cache), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("phi, normalize_qk", KINDS[2:])
+def test_prefill_in_one_call_then_decoding(phi, normalize_qk):
+    """The prompts' lengths differ; from there on, one token at a time."""
+    module, x = make(phi, normalize_qk), text()
+    prompts = np.asarray([23, 1, 14])
+    padded = np.where(np.arange(23)[None, :, None] < prompts[:, None, None], x[:, :23], np.nan)
+    out, cache = step(module, padded, module.init_cache(BATCH, LENGTH), jnp.asarray(prompts, jnp.int32))
+    for b, prompt in enumerate(prompts):
+        close(out[b, :prompt], uncached(module)[b, :prompt])
+
+    takes = (prompts[None] + np.arange(LENGTH)[:, None] < LENGTH).astype(np.int32)
+    rest = np.stack([np.roll(x[b], -prompt, axis=0) for b, prompt in enumerate(prompts)])
+    out, cache = roll(module, deal(rest, takes, 1), cache, takes)
+    np.testing.assert_array_equal(cache.lengths, LENGTH)
+    for b, got in enumerate(collect(out, takes)):
+        close(got, uncached(module)[b, prompts[b] :])
+
+
+@pytest.mark.parametrize("sizes", [[31], [6, 6, 19]], ids=str)
+def test_chunks_of_any_sizes(sizes):
+    module, x = make(), text()
+    cache, outs, start = module.init_cache(BATCH, LENGTH), [], 0
+    for size in sizes:
+        out, cache = step(module, x[:, start : start + size], cache)
+        outs.append(out)
+        start += size
+    close(np.concatenate(outs, axis=1), uncached(module))
+
+
+# What the cache is.
+
+
+def test_shapes_and_dtypes():
+    cache = make().init_cache(2, 31, dtype=jnp.bfloat16)
+    assert isinstance(cache, NSACache) and cache.max_length == 31
+    lengths = {"compressed": 14, "selected": 31, "window": 5, "uncompressed": 4}
+    for name, length in lengths.items():
+        branch = getattr(cache, name)
+        assert branch.key.shape == (2, length, 2, 6) and branch.value.shape == (2, length, 2, 3), name
+        assert branch.key.dtype == branch.value.dtype == jnp.bfloat16
+        assert not branch.key.any() and not branch.value.any()
+    assert cache.lengths.shape == (2,) and cache.lengths.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+    "dtype, param_dtype, given, result",
+    [
+        (None, jnp.float32, None, jnp.float32),
+        (jnp.bfloat16, jnp.float32, None, jnp.bfloat16),
+        (None, jnp.bfloat16, None, jnp.bfloat16),
+        (jnp.float32, jnp.float32, jnp.bfloat16, jnp.bfloat16),
+    ],
+)
+def test_dtype_is_that_of_the_computation_unless_given(dtype, param_dtype, given, result):
+    module = nnx.eval_shape(
+        lambda: NativeSparseAttention(**SIZES, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    )
+    cache = jax.eval_shape(lambda: module.init_cache(1, 8, dtype=given))
+    assert {x.dtype for x in jax.tree.leaves(cache)} == {jnp.dtype(result), jnp.dtype(jnp.int32)}
+
+
+def test_a_cache_of_lower_precision():
+    """It keeps its dtype; outputs have that of the computation, and near the exact values."""
+    module = make(config=SMALL)  # all blocks are read: no choice depends on rounding
+    x = text()
+    expected = np.asarray(nnx.jit(lambda module, x: module(x))(module, x))
+    cache = module.init_cache(BATCH, LENGTH, dtype=jnp.bfloat16)
+    out, cache = step(module, x, cache)
+    assert out.dtype == jnp.float32
+    assert {array.dtype for array in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int32)}
+    np.testing.assert_allclose(out, expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_memory_at_64k_is_little_more_than_one_branch():
+    """The paper's sizes: the selected branch, 1/16 of it compressed, 512 tokens of window, 32 before compression."""
+    module = nnx.eval_shape(
+        lambda: NativeSparseAttention(
+            64, 2560, num_kv_heads=4, head_dim=192, value_head_dim=128, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+        )
+    )
+    cache = jax.eval_shape(lambda: module.init_cache(1, 65536))
+
+    def size(tree):
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    one_branch = 65536 * 4 * (192 + 128) * 2
+    assert size(cache.selected) == one_branch
+    assert one_branch < size(cache) < 1.1 * one_branch
+
+
+# JAX around it.
+
+
+def test_a_donated_cache_is_written_in_place():
+    """Without a warning: each array of the cache becomes one of the grown cache."""
+    module, x = make(), jnp.asarray(text())
+    graph, state = nnx.split(module)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def decode(state, cache, x):
+        return nnx.merge(graph, state)(x, cache=cache)
+
+    cache = module.init_cache(BATCH, LENGTH)
+    compiled = decode.lower(state, cache, x[:, :1]).compile()
+    size = sum(array.nbytes for array in jax.tree.leaves(cache))
+    assert compiled.memory_analysis().alias_size_in_bytes == size
+    before = cache
+    for t in range(3):
+        out, cache = decode(state, cache, x[:, t : t + 1])
+        close(out[:, 0], uncached(module)[:, t])
+    assert all(array.is_deleted() for array in jax.tree.leaves(before))
+
+
+def test_in_a_while_loop():
+    """As `generate` does: the cache is in the carry."""
+    module, x = make(), jnp.asarray(text())
+    graph, state = nnx.split(module)
+
+    @jax.jit
+    def decode(state, x):
+        module = nnx.merge(graph, state)
+
+        def one(carry):
+            t, cache, outs = carry
+            out, cache = module(lax.dynamic_slice_in_dim(x, t, 1, axis=1), cache=cache)
+            return t + 1, cache, lax.dynamic_update_slice_in_dim(outs, out, t, axis=1)
+
+        start = (jnp.int32(0), module.init_cache(BATCH, LENGTH), jnp.zeros((BATCH, LENGTH, 10)))
+        return lax.while_loop(lambda carry: carry[0] < 9, one, start)
+
+    _, cache, outs = decode(state, x)
+    np.testing.assert_array_equal(cache.lengths, 9)
+    close(outs[:, :9], uncached(module)[:, :9])
+
+
+# Too much, and other errors.
+
+
+def filled(module, lengths, *, max_length):
+    """A cache that holds `lengths[b]` tokens of sequence b."""
+    return step(module, text()[:, :12], module.init_cache(BATCH, max_length), jnp.asarray(lengths, jnp.int32))[1]
+
+
+ROOM = (
+    r"the cache has room for max_length=12 tokens, but sequence {} would hold {}: "
+    r"make it with init_cache\(batch_size, max_length={}\) or more"
+)
+
+
+@pytest.mark.parametrize(
+    "new, lengths, sequence, total",
+    [(3, None, 1, 13), (3, [3, 3, 3], 1, 13), (9, [9, 2, 9], 2, 14), (1, None, None, 11), (9, [7, 2, 7], None, 12)],
+    ids=str,
+)
+def test_no_room_where_lengths_are_known(new, lengths, sequence, total):
+    module = make()
+    cache = module.init_cache(BATCH, 12)._replace(lengths=jnp.asarray([2, 10, 5], jnp.int32))
+    x = jnp.asarray(text()[:, :new])
+    lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    graph, state = nnx.split(module)
+
+    def run(state, cache, lengths):
+        return nnx.merge(graph, state)(x, cache=cache, lengths=lengths)
+
+    if sequence is None:
+        # What fits raises nothing; to look is enough.
+        jax.eval_shape(lambda state: run(state, cache, lengths), state)
+        return
+    message = ROOM.format(sequence, total, total)
+    with pytest.raises(ValueError, match=message):
+        run(state, cache, lengths)
+    # Concrete lengths within a trace of other arguments are known as well.
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda state: run(state, cache, lengths), state)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_no_room_where_lengths_are_traced(size):
+    """max_length 12: sequence 1 holds 10 and loses its 13th token and all later ones; the others lose nothing."""
+    module, x, lengths = make(), text(), [2, 10, 5]
+    cache = filled(module, lengths, max_length=12)
+    news = np.stack([x[b, length : length + 4] for b, length in enumerate(lengths)])
+    if size == 1:
+        out, grown = roll(module, news.transpose(1, 0, 2)[:, :, None], cache, jnp.ones((4, BATCH), jnp.int32))
+        out = np.asarray(out)[:, :, 0].transpose(1, 0, 2)
+    else:
+        out, grown = step(module, news, cache, jnp.full((BATCH,), 4, jnp.int32))
+    for b, length in enumerate(lengths):
+        room = min(4, 12 - length)
+        close(out[b, :room], uncached(module)[b, length : length + room])
+        assert np.isnan(out[b, room:]).all() and (b == 1 or room == 4)
+    np.testing.assert_array_equal(grown.lengths, [6, 14, 9])
+
+    # The tokens that were lost were not written anywhere; nor do later calls hide the loss.
+    exact = filled(module, [6, 12, 9], max_length=12)
+    for name in ("selected", "compressed"):
+        for one, other in zip(getattr(grown, name), getattr(exact, name), strict=True):
+            close(one, other)
+    out, _ = step(module, news, grown, jnp.full((BATCH,), 4, jnp.int32))
+    assert np.isnan(out[1]).all() and np.isfinite(np.asarray(out)[[0, 2], :3]).all()
+
+
+def test_padding_that_finds_no_room_is_no_loss():
+    module, x = make(), text()
+    cache = filled(module, [2, 10, 5], max_length=12)
+    out, grown = step(module, x[:, :4], cache, jnp.asarray([4, 2, 0], jnp.int32))
+    assert np.isfinite(out).all()
+    np.testing.assert_array_equal(grown.lengths, [6, 12, 5])
+
+
+CALLS = [
+    (2, None, r"the cache holds 3 sequences, but x has 2"),
+    (3, jnp.zeros((2,), jnp.int32), r"lengths must be int32 \[B\] = \(3,\), but it is int32 of shape \(2,\)"),
+    (3, jnp.zeros((3, 1), jnp.int32), r"lengths must be int32 \[B\] = \(3,\), but it is int32 of shape \(3, 1\)"),
+    (3, jnp.zeros((3,)), r"lengths must be int32 \[B\] = \(3,\), but it is float32 of shape \(3,\)"),
+    (3, jnp.asarray([0, 5, 4], jnp.int32), r"lengths=\[0 5 4\] must lie between 0 and the 4 tokens of x"),
+    (3, jnp.asarray([0, -1, 4], jnp.int32), r"lengths=\[ 0 -1  4\] must lie between 0 and the 4 tokens of x"),
+]
+
+
+@pytest.mark.parametrize("batch, lengths, message", CALLS, ids=[message[:45] for _, _, message in CALLS])
+def test_calls_that_do_not_fit(batch, lengths, message, unchecked_shapes):
+    module = make()
+    with pytest.raises(ValueError, match=message):
+        module(jnp.zeros((batch, 4, 10)), cache=module.init_cache(3, 12), lengths=lengths)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_length"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, None], ids=repr)
+def test_sizes_of_a_cache(name, value, unchecked_shapes):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be a positive integer"):
+        make().init_cache(**{"batch_size": 2, "max_length": 8, name: value})
+
+
+def test_a_cache_for_fewer_tokens_than_a_block():
+    module, x = make(), text()
+    cache = module.init_cache(BATCH, 3)
+    assert cache.compressed.key.shape == (BATCH, 0, 2, 6)
+    out, cache = roll(module, x[:, :3].transpose(1, 0, 2)[:, :, None], cache, jnp.ones((3, BATCH), jnp.int32))
+    close(out[:, :, 0].transpose(1, 0, 2), uncached(module)[:, :3])
+
+
+def test_every_phi_is_tried():
+    assert {phi for phi, _ in KINDS} == set(COMPRESSIONS)

@@ -1,0 +1,232 @@
+"""The loss on held-out text against NumPy, its buckets, and what `eval loss` and `inspect` write."""
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import ops, select_blocks
+from tests.tiny import MODEL, random_params, replace_model, save_untrained
+from train import evaluate, plots
+from train.__main__ import main
+from train.data import Batch, evaluation_batches, load_corpus, tokenize
+from train.evaluate import LossMeter, evaluate_loss
+from train.inspection import look
+from train.model import LanguageModel, Network
+from train.runs import Run, open_run
+from train.tokenizer import make_tokenizer
+
+pytest_plugins = ["tests.tiny_fixtures"]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def compiled_meter(tiny_run, monkeypatch):
+    """For the model of the tiny run, what its training has compiled."""
+    known = tiny_run.programs["LossMeter"]
+    monkeypatch.setattr(
+        evaluate,
+        "LossMeter",
+        lambda network: known if network.config == tiny_run.config.model else LossMeter(network),
+    )
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.usefixtures("compiled_meter")
+def test_the_loss_is_that_of_the_models_logits_on_each_token_once(tiny_run):
+    run, context = tiny_run.run, tiny_run.config.context
+    tokens = np.append(np.frombuffer(load_corpus(str(tiny_run.text)).validation[0].text.encode(), np.uint8), 256)
+    windows = -(-(len(tokens) - 1) // context)
+    assert (len(tokens) - 1) % context  # the last window is short
+    padded = np.pad(tokens.astype(np.int32), (0, windows * context + 1 - len(tokens)))
+    inputs, targets = padded[:-1].reshape(windows, context), padded[1:].reshape(windows, context)
+    logits = jax.jit(lambda params, tokens: run.network.model(params)(tokens))(run.params, jnp.asarray(inputs))
+    nats = -np.take_along_axis(log_probabilities(logits), targets[..., None], axis=-1)[..., 0]
+    real = np.arange(windows * context).reshape(windows, context) < len(tokens) - 1
+
+    result = evaluate_loss(run)
+    assert result.tokens == len(tokens) - 1 == real.sum()
+    assert result.loss == pytest.approx(nats[real].mean(), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(
+        nats[real].mean() / math.log(2) * len(tokens) / (len(tokens) - 1), rel=1e-5
+    )
+    edges = [0, 1, 2, 4, 8, 16, 32]
+    assert [(bucket.start, bucket.end) for bucket in result.by_position] == list(itertools.pairwise(edges))
+    for bucket in result.by_position:
+        columns = slice(bucket.start, bucket.end)
+        assert bucket.loss == pytest.approx(nats[:, columns][real[:, columns]].mean(), rel=1e-5)
+    # It is what the run measured at its end.
+    summary = json.loads((tiny_run.folder / "summary.json").read_text())
+    assert json.loads(json.dumps(dataclasses.asdict(result))) == summary["validation"]
+
+
+def test_buckets_are_weighted_by_the_targets_that_count(monkeypatch):
+    """Losses 0 .. 5 by position, over two batches of one row; a context that is no power of two."""
+    monkeypatch.setattr(
+        LanguageModel, "losses", lambda self, tokens, *_: jnp.broadcast_to(jnp.arange(6.0)[None], tokens.shape) + tokens
+    )
+    network = Network(dataclasses.replace(MODEL, attention="window", num_layers=1), 50)
+    weights = [[1, 0, 1, 0, 1, 0], [1, 0, 1, 1, 1, 0]]
+    batches = [
+        Batch(jnp.full((1, 6), 10 * i, jnp.int32), jnp.zeros((1, 6), jnp.int32), jnp.asarray([row], jnp.float32), None)
+        for i, row in enumerate(weights)
+    ]
+    result = LossMeter(network)(random_params(network), batches, bytes_per_token=2.0)
+    assert result.tokens == 7
+    assert result.loss == pytest.approx((0 + 2 + 4 + 10 + 12 + 13 + 14) / 7)
+    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) / 2)
+    # At position 1 nothing counts, and 4 .. 5 is what is left of 4 .. 7.
+    assert [dataclasses.astuple(bucket) for bucket in result.by_position] == [
+        (0, 1, pytest.approx(5)),
+        (2, 4, pytest.approx((2 + 12 + 13) / 3)),
+        (4, 6, pytest.approx(9)),
+    ]
+
+
+def test_bits_per_byte_compare_tokenizers(tiny_run, tmp_path):
+    """All bits that a BPE's tokens cost, over all bytes: of a text with two bytes a character, and of documents."""
+    pytest.importorskip("tokenizers", reason='byte-pair encodings need pip install "nsa-jax[train]"')
+    (tmp_path / "a.txt").write_text("naïve à côté " * 40)
+    (tmp_path / "b.txt").write_text("élève déjà vu " * 40)
+    config = dataclasses.replace(
+        replace_model(tiny_run.config, attention="window", num_layers=1),
+        data=dataclasses.replace(tiny_run.config.data, text=str(tmp_path), tokenizer="bpe:270"),
+    )
+    corpus = load_corpus(str(tmp_path))
+    tokenizer = make_tokenizer("bpe:270", lambda: [document.text for document in corpus.train])
+    network = Network(config.model, tokenizer.vocab_size)
+    run = Run(tmp_path, 0, config, tokenizer, network, random_params(network))
+    stream = tokenize(corpus.train, tokenizer)
+    assert len(corpus.train) == 2 and len(stream.tokens) < 0.8 * stream.num_bytes
+
+    result = evaluate_loss(run, split="train")
+    batches = evaluation_batches(stream, context=32, batch_size=4, packing="running")
+    measure = jax.jit(
+        lambda params, batch: (network.model(params).losses(batch.inputs, batch.targets) * batch.weights).sum()
+    )
+    nats = sum(float(measure(run.params, jax.tree.map(jnp.asarray, batch))) for batch in batches)
+    num_bytes = sum(len(document.text.encode()) for document in corpus.train)
+    assert result.tokens == len(stream.tokens) - 1
+    # The first token of all is not scored; it counts as the others do in the mean.
+    assert result.bits_per_byte == pytest.approx(
+        nats / math.log(2) / num_bytes * len(stream.tokens) / result.tokens, rel=1e-5
+    )
+
+
+@pytest.fixture(scope="module")
+def full_run(tiny_run, tmp_path_factory):
+    """Of the same text with full attention, untrained."""
+    folder = tmp_path_factory.mktemp("full") / "run"
+    save_untrained(folder, replace_model(tiny_run.config, attention="full", num_layers=1), step=7)
+    return folder
+
+
+@pytest.mark.usefixtures("compiled_meter")
+def test_eval_loss_writes_numbers_and_one_figure_of_all_runs(tiny_run, full_run, tmp_path, capsys, monkeypatch):
+    drawn = []
+    loss_by_position = plots.loss_by_position
+    monkeypatch.setattr(plots, "loss_by_position", lambda *args: (drawn.append(args[0]), loss_by_position(*args))[1])
+    output = tmp_path / "new" / "folder"
+    runs = [str(tiny_run.folder), str(full_run)]
+    assert main(["eval", "loss", "--run", *runs, "--output", str(output)]) == 0
+    results = json.loads((output / "loss_validation.json").read_text())
+    assert list(results) == runs
+    expected = json.loads(json.dumps(dataclasses.asdict(evaluate_loss(open_run(tiny_run.folder)))))
+    assert results[runs[0]] == expected
+    assert results[runs[1]]["loss"] > results[runs[0]]["loss"] + 1  # it is untrained
+    assert (output / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")
+    assert [list(positions) for positions in drawn] == [runs]
+    text = capsys.readouterr().out
+    for folder, step in zip(runs, (40, 7)):
+        assert f"{folder}, step {step}, {tiny_run.text} (validation): loss {results[folder]['loss']:.4f} nats" in text
+    assert f"  positions     16 to 31      loss {expected['by_position'][-1]['loss']:.4f}\n" in text
+    assert str(output / "loss_validation.json") in text and str(output / "loss_by_position.png") in text
+
+
+@pytest.mark.usefixtures("compiled_meter")
+def test_eval_loss_of_another_split_text_and_step(tiny_run, full_run, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("a quick dog jumps. " * 9)
+    for flags, name in (
+        (["--split", "test"], "loss_test.json"),
+        (["--text", str(other)], "loss_text.json"),
+        (["--step", "20"], "loss_validation.json"),
+    ):
+        assert main(["eval", "loss", "--run", str(tiny_run.folder), "--output", str(tmp_path), *flags]) == 0
+        (result,) = json.loads((tmp_path / name).read_text()).values()
+        if name == "loss_test.json":
+            assert result == json.loads(json.dumps(dataclasses.asdict(evaluate_loss(tiny_run.run, split="test"))))
+        if name == "loss_text.json":
+            assert result["tokens"] >= len("a quick dog jumps. " * 9)
+        if name == "loss_validation.json":
+            (row,) = (
+                row
+                for line in (tiny_run.folder / "metrics.jsonl").read_text().splitlines()
+                if "validation_loss" in (row := json.loads(line)) and row["step"] == 20
+            )
+            # The measurement on the way read eval_batches of 2 batches, of a validation text of little more.
+            assert result["loss"] == pytest.approx(row["validation_loss"], abs=0.1)
+            assert "step 20" in capsys.readouterr().out
+
+
+def test_inspect_draws_what_the_layers_choose(tiny_run, tmp_path, capsys):
+    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    for path in folder.glob("*.png"):
+        path.unlink()
+    assert main(["inspect", "--run", str(folder)]) == 0
+    for name in ("selected_blocks.png", "gates.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert str(folder / name) in capsys.readouterr().out or name == "gates.png"
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over a lazy dog")
+    assert main(["inspect", "--run", str(folder), "--text", str(text), "--output", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"selected_blocks.png", "gates.png"}
+
+
+def test_inspect_sees_the_choices_and_gates_of_the_model_itself(tiny_run, monkeypatch):
+    """Against what `select_blocks` and the gates' sigmoid give while the whole model runs."""
+    run = tiny_run.run
+    tokens = jnp.asarray(run.tokenizer.encode("the quick brown fox jumps over"), jnp.int32)
+    choices = look(run.network, run.params, tokens)
+    seen = []
+    attend = ops.nsa_attention
+
+    def spy(query, *, compressed, gates, config, **rest):
+        blocks = select_blocks(query, compressed.key, config=config, num_keys=query.shape[1])
+        seen.append((blocks, gates))
+        return attend(query, compressed=compressed, gates=gates, config=config, **rest)
+
+    monkeypatch.setattr(ops, "nsa_attention", spy)
+
+    @jax.jit
+    def run_layers(params):
+        model = run.network.model(params)
+        x = model.embed(tokens[None])
+        for layer in model.unstacked_layers():
+            x = layer(x, None)
+        return seen
+
+    seen = run_layers(run.params)
+    assert len(seen) == choices.blocks.shape[0] == 2
+    for (blocks, gates), chosen, mean in zip(seen, choices.blocks, choices.gates, strict=True):
+        np.testing.assert_array_equal(chosen, blocks[0])
+        np.testing.assert_allclose(mean, gates[0].mean(axis=0), rtol=1e-5)
+
+
+def test_inspect_refuses_a_run_that_selects_nothing(full_run, tmp_path, capsys):
+    assert main(["inspect", "--run", str(full_run), "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {full_run} was trained with attention='full': only 'nsa' selects blocks\n"
+    )
+    assert not (tmp_path / "out").exists()

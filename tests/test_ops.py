@@ -1,0 +1,309 @@
+"""Which implementation runs; one query a sequence; chunks of queries; what a checkpoint keeps; docstring examples."""
+
+import doctest
+import re
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import print_saved_residuals
+from jax.extend.core import jaxprs_in_params
+
+import nsa_jax
+from nsa_jax import KeyValue, nsa_attention, ops, reference, save_attention, select_blocks
+from nsa_jax.testing import CASES, SMALL, make_inputs
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def attend(case, inputs, **arguments):
+    return nsa_attention(inputs.query, config=case.config, **inputs.keywords(), **arguments)
+
+
+def choose(case, inputs, **arguments):
+    where = {"query_start": inputs.query_start, "segment_ids": inputs.segment_ids}
+    return select_blocks(
+        inputs.query, inputs.compressed.key, config=case.config, num_keys=case.keys, **where, **arguments
+    )
+
+
+def decode(case, inputs, **arguments):
+    starts = {"query_start": inputs.query_start, "window_start": inputs.window_start}
+    return ops.decode_step(*inputs[:5], config=case.config, **starts, **arguments)
+
+
+FUNCTIONS = pytest.mark.parametrize("function", [attend, choose, decode], ids=lambda function: function.__name__)
+CASE = CASES["one_query_late"]
+
+
+def same_bits(actual, expected):
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+
+
+# Names of implementations.
+
+
+@FUNCTIONS
+def test_none_is_xla_on_cpu(function):
+    inputs = make_inputs(CASE)
+    same_bits(function(CASE, inputs), function(CASE, inputs, implementation="xla"))
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("name", ["pallas", "pallas_interpret"])
+def test_a_named_implementation_never_falls_back(function, name):
+    device = re.escape(jax.devices()[0].device_kind)
+    with pytest.raises(NotImplementedError, match=f"implementation='{name}' does not exist yet .device: {device}"):
+        function(CASE, make_inputs(CASE), implementation=name)
+
+
+@FUNCTIONS
+def test_an_unknown_implementation(function, unchecked_shapes):
+    message = r"implementation='cuda' is unknown: choose from \['xla', 'pallas', 'pallas_interpret'\] or None"
+    with pytest.raises(ValueError, match=message):
+        function(CASE, make_inputs(CASE), implementation="cuda")
+
+
+def test_none_on_a_gpu_warns_once(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ops._warn_once.cache_clear()
+    inputs = make_inputs(CASE)
+    with pytest.warns(UserWarning, match="implementation=None uses 'xla' on .*: no GPU kernel exists yet") as caught:
+        first, second = choose(CASE, inputs), choose(CASE, inputs)
+    assert len(caught) == 1
+    same_bits(first, second)
+    choose(CASE, inputs, implementation="xla")  # a warning would be an error here
+    ops._warn_once.cache_clear()
+
+
+def test_the_table_has_every_name():
+    assert {*ops.IMPLEMENTATIONS, *ops._PLANNED} == set(get_args(ops.ImplementationName))
+    assert not set(ops.IMPLEMENTATIONS) & set(ops._PLANNED)
+    for implementation in ops.IMPLEMENTATIONS.values():
+        assert implementation._fields == ("select_blocks", "attend", "decode_step")
+        assert all(map(callable, implementation))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Calls of an implementation of the name "xla" that counts them and does no more."""
+    calls = []
+
+    def select_blocks(query, compressed_key, **arguments):
+        calls.append(("select_blocks", arguments))
+        shape = (*query.shape[:2], compressed_key.shape[2], arguments["config"].num_selected)
+        return jnp.full(shape, 1, jnp.int32)
+
+    def attend(query, compressed, selected, window, gates, blocks=None, **arguments):
+        calls.append(("attend", {**arguments, "blocks": blocks}))
+        return jnp.zeros((*query.shape[:3], selected.value.shape[-1]), query.dtype)
+
+    def decode_step(*arrays, **arguments):
+        out = attend(*arrays, **arguments)
+        calls[-1] = ("decode_step", calls[-1][1])
+        return out
+
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "xla", ops.Implementation(select_blocks, attend, decode_step))
+    return calls
+
+
+def test_the_table_alone_decides_what_runs(recorded):
+    inputs = make_inputs(CASE)
+    attend(CASE, inputs)
+    assert [name for name, _ in recorded] == ["select_blocks", "attend"]
+    np.testing.assert_array_equal(recorded[1][1]["blocks"], 1)  # what select_blocks gave
+    assert recorded[0][1]["num_keys"] == CASE.keys
+    for _, arguments in recorded:
+        assert arguments["config"] == CASE.config and arguments["scale"] == CASE.head_dim**-0.5
+        np.testing.assert_array_equal(arguments["query_start"], CASE.query_start)
+
+    recorded.clear()
+    decode(CASE, inputs, scale=3)
+    assert [name for name, _ in recorded] == ["decode_step"]
+    assert recorded[0][1]["scale"] == 3.0 and isinstance(recorded[0][1]["scale"], float)
+
+
+def test_blocks_of_the_caller_are_read_instead_of_the_selection(recorded):
+    """Brought to their form at the door: row 0 stands in block 4, row 1 in block 2."""
+    blocks = jnp.asarray([4, -1, 0, 4, 9, 3], jnp.int32)
+    attend(CASE, make_inputs(CASE), selected_blocks=jnp.broadcast_to(blocks[None, None, None], (2, 1, 2, 6)))
+    [(name, arguments)] = recorded
+    assert name == "attend"
+    np.testing.assert_array_equal(arguments["blocks"][0], [[[0, 3, 4, -1, -1, -1]] * 2])
+    np.testing.assert_array_equal(arguments["blocks"][1], [[[0, -1, -1, -1, -1, -1]] * 2])
+
+
+# One query a sequence.
+
+
+@pytest.mark.parametrize("start", [0, 61, (76, 40), (3, 19)], ids=str)
+def test_decode_step_is_nsa_attention_of_one_query(start):
+    query_start = start if isinstance(start, int) else jnp.asarray(start, jnp.int32)
+    inputs = make_inputs(CASE)._replace(query_start=query_start)
+    np.testing.assert_allclose(decode(CASE, inputs), attend(CASE, inputs), rtol=1e-6, atol=1e-6)
+
+
+def test_decode_step_reads_a_window_that_starts_at_its_own_position():
+    inputs = make_inputs(CASE)
+    start = np.asarray(CASE.query_start) - SMALL.window + 1
+    rows = jnp.asarray(start[:, None] + np.arange(SMALL.window))
+    window = KeyValue(*(jnp.take_along_axis(x, rows[:, :, None, None], axis=1) for x in inputs.window))
+    near = inputs._replace(window=window, window_start=jnp.asarray(start, jnp.int32))
+    np.testing.assert_allclose(decode(CASE, near), decode(CASE, inputs), rtol=1e-6, atol=1e-6)
+
+
+def test_decode_step_takes_one_query():
+    case = CASES["plain"]
+    message = r"decode_step reads one query a sequence, but the query's shape is \(2, 70, 4, 16\)"
+    with pytest.raises(ValueError, match=message):
+        decode(case, make_inputs(case))
+
+
+# Chunks of queries.
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def count(function, *arguments, primitive):
+    return sum(
+        equation.primitive.name == primitive for equation in equations(jax.make_jaxpr(function)(*arguments).jaxpr)
+    )
+
+
+def blocks_outputs_and_gradients(case, inputs):
+    """A function of the tensors, straight from the reference, whose chunks no earlier trace has fixed."""
+    where = {"config": case.config, "scale": 0.3, "query_start": inputs.query_start, "segment_ids": inputs.segment_ids}
+    shape = (case.batch, case.queries, case.heads, case.value_head_dim)
+    weights = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+    def run(tensors):
+        blocks = reference.select_blocks(tensors[0], tensors[1].key, num_keys=case.keys, **where)
+
+        def loss(tensors):
+            out = reference.attend(*tensors, blocks, window_start=inputs.window_start, **where)
+            return (out * weights).sum(), out
+
+        gradients, out = jax.grad(loss, has_aux=True)(tensors)
+        return blocks, out, gradients
+
+    return run
+
+
+def loops(traced):
+    """Lengths of the loops in a program."""
+    return {equation.params["length"] for equation in equations(traced.jaxpr) if equation.primitive.name == "scan"}
+
+
+@pytest.mark.parametrize(
+    "name, scores, chunks",
+    [
+        # Scores that a chunk may hold, and the numbers of chunks which that makes, of choosing and of attending.
+        ("segments_and_start", 1, {30}),  # one query is the least
+        ("query_start_per_sequence", 300, {2, 11}),  # 21 queries: 15 x 19 compressed tokens; 2 x (19 + 80 + 20)
+    ],
+)
+def test_chunks_change_nothing(name, scores, chunks, monkeypatch):
+    case, inputs = CASES[name], make_inputs(CASES[name])
+    whole = jax.jit(blocks_outputs_and_gradients(case, inputs)).trace(inputs[:5])
+    monkeypatch.setattr(reference, "CHUNK_SCORES", scores)
+    chunked = jax.jit(blocks_outputs_and_gradients(case, inputs)).trace(inputs[:5])
+    assert loops(chunked) - loops(whole) == chunks
+
+    actual, expected = (traced.lower().compile()(inputs[:5]) for traced in (chunked, whole))
+    np.testing.assert_array_equal(actual[0], expected[0])
+    for one, other in zip(jax.tree.leaves(actual[1:]), jax.tree.leaves(expected[1:]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_are_no_longer_than_the_greatest(monkeypatch):
+    monkeypatch.setattr(reference, "MAX_CHUNK", 16)
+    case, inputs = CASES["plain"], make_inputs(CASES["plain"])
+    assert loops(jax.jit(blocks_outputs_and_gradients(case, inputs)).trace(inputs[:5])) == {5}  # 70 queries
+
+
+# Under jax.checkpoint.
+
+
+@pytest.fixture
+def layer(monkeypatch):
+    """Two projections around attention, in chunks; computed by the reference itself, whatever an earlier trace was."""
+    monkeypatch.setattr(reference, "CHUNK_SCORES", 2000)
+    plain = ops.Implementation(reference.select_blocks, reference.attend, None)
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "xla", plain)
+    case, inputs = CASES["plain"], make_inputs(CASES["plain"])
+    matrix = jax.random.normal(jax.random.key(0), (case.head_dim, case.head_dim))
+
+    def layer(x):
+        out = nsa_attention(jnp.tanh(x @ matrix), config=case.config, **inputs.keywords())
+        return jnp.tanh(out @ matrix)
+
+    return layer, inputs.query
+
+
+def gradient(layer):
+    return jax.grad(lambda x: (layer(x) ** 2).sum())
+
+
+def test_save_attention_keeps_the_blocks_and_the_output(layer, capsys):
+    layer, x = layer
+    print_saved_residuals(jax.checkpoint(layer, policy=save_attention), x)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "argument" not in line and "constant" not in line]
+    assert sorted(re.sub(r" from .*", "", line) for line in lines) == [
+        "f32[2,70,4,16] named 'nsa_out'",
+        "i32[2,70,2,4] named 'nsa_blocks'",
+    ]
+
+
+def test_save_attention_never_chooses_twice(layer):
+    layer, x = layer
+
+    def choices(layer):
+        return count(gradient(layer), x, primitive="top_k")
+
+    assert choices(layer) == 1
+    assert choices(jax.checkpoint(layer)) == 2  # what is to be avoided
+    assert choices(jax.checkpoint(layer, policy=save_attention)) == 1
+
+
+def test_save_attention_does_not_run_attention_again(layer):
+    """Of the forward pass only the two projections run again; attention's backward pass counts the same in both."""
+    layer, x = layer
+
+    def products(layer):
+        return count(gradient(layer), x, primitive="dot_general")
+
+    assert products(jax.checkpoint(layer, policy=save_attention)) == products(layer) + 2
+    assert products(jax.checkpoint(layer)) > products(layer) + 2
+
+
+def test_save_attention_gives_the_same_gradient(layer):
+    layer, x = layer
+    saved = jax.jit(gradient(jax.checkpoint(layer, policy=save_attention)))(x)
+    np.testing.assert_allclose(saved, jax.jit(gradient(layer))(x), rtol=1e-5, atol=1e-5)
+
+
+# The examples in docstrings.
+
+DOCUMENTED = [getattr(nsa_jax, name) for name in nsa_jax.__all__ if ">>>" in (getattr(nsa_jax, name).__doc__ or "")]
+
+
+def test_every_function_has_an_example():
+    names = {documented.__name__ for documented in DOCUMENTED}
+    assert names >= {"nsa_attention", "select_blocks", "mean_compress", "NativeSparseAttention"}
+
+
+@pytest.mark.parametrize("documented", DOCUMENTED, ids=lambda documented: documented.__name__)
+def test_examples_run(documented):
+    name = documented.__name__
+    test = doctest.DocTestParser().get_doctest(documented.__doc__, {}, name, documented.__module__, 0)
+    report = []
+    result = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert result.attempted > 0 and result.failed == 0, "".join(report)
