@@ -34,10 +34,8 @@ NO_BLOCK = -1
 # ------------------------------------------------------------------------------------------------ one sequence, one head
 
 
-def _dot(subscripts: str, x: Array, y: Array) -> Array:
-    """`einsum` that sums in float32, and multiplies float32 exactly (never TF32)."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+# Never TF32.
+_dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def probabilities(
@@ -68,7 +66,7 @@ def attention(
     # A key that no query sees may hold anything, and 0 * NaN is NaN, forward and backward.
     seen = jnp.any(visible, axis=0)[:, None]
     key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
-    p = probabilities(query, key, visible, scale).astype(value.dtype)
+    p = probabilities(query, key, visible, scale)
     num_queries, group, num_keys = p.shape
     out = _dot("rx,xv->rv", p.reshape(num_queries * group, num_keys), value)
     return out.reshape(num_queries, group, value.shape[-1])
@@ -251,11 +249,9 @@ def select_blocks(
         return _in_chunks(chunk, (query,), start, keys_read=num_compressed)
 
     # No gradient passes through a choice.
-    query, compressed_key = (
-        lax.stop_gradient(_grouped(query, compressed_key.shape[2])),
-        lax.stop_gradient(compressed_key),
-    )
-    return _over_sequences_and_heads(one_head, (query, compressed_key), (query_start,), segment_ids)
+    query, compressed_key = jax.tree.map(lax.stop_gradient, _widened((query, compressed_key)))
+    arrays = (_grouped(query, compressed_key.shape[2]), compressed_key)
+    return _over_sequences_and_heads(one_head, arrays, (query_start,), segment_ids)
 
 
 def canonical_blocks(
@@ -316,16 +312,21 @@ def attend(
                 selected_attention(query, selected, blocks, positions, segment_ids, config, scale),
                 window_attention(query, window, positions, window_start, segment_ids, config, scale),
             )
-            gates = gates.astype(jnp.float32)
             weighted = [gates[..., i, None] * branch for i, branch in enumerate(branches)]
             return functools.reduce(jnp.add, weighted).astype(dtype)
 
         keys_read = num_compressed + keys_selected + config.window
         return _in_chunks(chunk, (query, gates, blocks), start, keys_read=keys_read)
 
+    query, gates, compressed, selected, window = _widened((query, gates, compressed, selected, window))
     arrays = (_grouped(query, kv_heads), _grouped(gates, kv_heads), blocks, compressed, selected, window)
     out = _over_sequences_and_heads(one_head, arrays, (query_start, window_start), segment_ids)
     return out.reshape(*query.shape[:-1], out.shape[-1])
+
+
+def _widened(arrays: Any) -> Any:
+    """In float32 throughout: the result is rounded once, and so is each gradient, however many chunks add to it."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
 
 
 def _grouped(x: Float[Array, "B T N D"], kv_heads: int) -> Float[Array, "B T K G D"]:

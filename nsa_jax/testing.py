@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -85,14 +84,15 @@ class Inputs(NamedTuple):
 
 def make_inputs(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> Inputs:
     """Seeded Gaussian inputs: drawn in float32, then rounded to `dtype`; gates uniform in [0, 1]."""
-    keys = jax.random.split(jax.random.key(seed), 8)
+    # NumPy's draws need no compilation for each shape.
+    random = np.random.default_rng(seed)
 
-    def normal(key: Array, length: int, heads: int, size: int) -> Array:
-        return jax.random.normal(key, (case.batch, length, heads, size), jnp.float32).astype(dtype)
+    def normal(length: int, heads: int, size: int) -> Array:
+        return jnp.asarray(random.standard_normal((case.batch, length, heads, size), np.float32), dtype)
 
-    def branch(keys: Array, length: int) -> KeyValue:
-        key = normal(keys[0], length, case.kv_heads, case.head_dim)
-        return KeyValue(key, normal(keys[1], length, case.kv_heads, case.value_head_dim))
+    def branch(length: int) -> KeyValue:
+        key = normal(length, case.kv_heads, case.head_dim)
+        return KeyValue(key, normal(length, case.kv_heads, case.value_head_dim))
 
     segment_ids = None
     if case.segments is not None:
@@ -100,11 +100,11 @@ def make_inputs(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> Input
         segment_ids = jnp.asarray(np.stack(rows), jnp.int32)
     start = case.query_start
     return Inputs(
-        query=normal(keys[0], case.queries, case.heads, case.head_dim),
-        compressed=branch(keys[1:3], case.config.num_compressed(case.keys)),
-        selected=branch(keys[3:5], case.keys),
-        window=branch(keys[5:7], case.keys),
-        gates=jax.random.uniform(keys[7], (case.batch, case.queries, case.heads, 3)).astype(dtype),
+        query=normal(case.queries, case.heads, case.head_dim),
+        compressed=branch(case.config.num_compressed(case.keys)),
+        selected=branch(case.keys),
+        window=branch(case.keys),
+        gates=jnp.asarray(random.random((case.batch, case.queries, case.heads, 3), np.float32), dtype),
         query_start=start if isinstance(start, int) else jnp.asarray(start, jnp.int32),
         window_start=0,
         segment_ids=segment_ids,

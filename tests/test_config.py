@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -242,6 +243,10 @@ SHARED_ERRORS = {
         {"query": array(2, 5, 4, 6, dtype=jnp.int32)},
         "query has dtype int32; it must be one of float32, bfloat16, float16",
     ),
+    "no queries": (
+        {"query": array(2, 0, 4, 6), "gates": array(2, 0, 4, 3)},
+        r"query must have at least one number, but its shape is \(2, 0, 4, 6\)",
+    ),
     "query of another dtype": (
         {"query": array(2, 5, 4, 6, dtype=jnp.bfloat16)},
         "compressed keys has dtype float32, but the query has bfloat16; they must be the same",
@@ -318,6 +323,13 @@ def takes(function, changes):
 def test_shared_input_errors(function, case, unchecked_shapes, nothing_runs):
     changes, message = SHARED_ERRORS[case]
     raises_before_tracing(function, {**VALID, **changes}, message, traced=True)
+
+
+def test_shapes_are_checked_before_that_in_tests():
+    """By jaxtyping, where `unchecked_shapes` does not switch it off: conftest.py."""
+    pytest.importorskip("beartype", reason="annotations are not checked without beartype")
+    with pytest.raises(jaxtyping.TypeCheckError, match="compressed_key"):
+        select_blocks(VALID["query"], array(2, 4, 2, 8), config=SMALL, num_keys=20)
 
 
 @pytest.mark.parametrize("num_keys", [0, -3, 20.0], ids=repr)

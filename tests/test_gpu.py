@@ -86,4 +86,5 @@ def test_dense_attention_through_cudnn_is_dense_attention(attention: str):
         logits[dtype] = np.asarray(run(params))
         program = run.lower(params).as_text()
         assert ("cudnn" in program) == (dtype == "bfloat16")
-    np.testing.assert_allclose(logits["bfloat16"], logits["float32"], atol=0.05)
+    # Logits are of size 1, and pass through four layers in bfloat16.
+    np.testing.assert_allclose(logits["bfloat16"], logits["float32"], atol=0.15)

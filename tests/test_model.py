@@ -1,4 +1,4 @@
-"""train/model.py: one model whatever the attention, the rematerialisation, and whether layers are scanned or unrolled."""
+"""train/model.py: one model, whatever the attention, the rematerialisation, and layers scanned or unrolled."""
 
 import dataclasses
 import math
@@ -66,7 +66,7 @@ def unrolled_losses(model, tokens, targets, segment_ids):
     return cross_entropy(model.logits(model.norm(x)), targets)
 
 
-# --------------------------------------------------------------------------------------------------- one loss, many ways
+# -------------------------------------------------------------------------------------------------- one loss, many ways
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,24 @@ def test_bfloat16_computes_in_bfloat16_and_trains_float32_parameters():
     assert metrics.loss.dtype == metrics.grad_norm.dtype == jnp.float32
 
 
-# --------------------------------------------------------------------------------------------------------------- caches
+# -------------------------------------------------------------------------------------------------------------- caches
+
+
+@pytest.mark.parametrize("value_dim", [4, 8, 12])
+@pytest.mark.parametrize("attention, window", [("full", 99), ("window", 3)])
+def test_dense_attention_by_hand(attention, window, value_dim):
+    """`window=3`: query 5 sees 3, 4, 5; heads of queries and values of one size and not."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(2, 7, heads, size)) for heads, size in ((4, 8), (2, 8), (2, value_dim)))
+    config = replace(attention=attention, value_head_dim=value_dim, nsa=dataclasses.replace(CONFIG.nsa, window=3))
+    layer = Network(config, VOCAB).model(random_params(Network(config, VOCAB))).unstacked_layers()[0].attention
+    actual = layer._attend(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)), mask=None)
+    for b, t, n in np.ndindex(2, 7, 4):
+        seen = range(max(0, t - window + 1), t + 1)
+        scores = np.asarray([query[b, t, n] @ key[b, s, n // 2] for s in seen]) / 8**0.5
+        weights = np.exp(scores) / np.exp(scores).sum()
+        expected = sum(weight * value[b, s, n // 2] for weight, s in zip(weights, seen, strict=True))
+        np.testing.assert_allclose(actual[b, t, n], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -235,7 +252,7 @@ def test_the_unrolled_model_with_a_cache_equals_the_scanned_one(attention):
     np.testing.assert_array_equal(caches[0].lengths, done)
 
 
-# ----------------------------------------------------------------------------------------------------- packed documents
+# ---------------------------------------------------------------------------------------------------- packed documents
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -278,7 +295,7 @@ def test_packed_documents_in_a_long_context_need_nsa():
                 )
 
 
-# -------------------------------------------------------------------------------------------------- presets, and counts
+# ------------------------------------------------------------------------------------------------- presets, and counts
 
 
 def abstract_batch(config: TrainConfig, *, segment_ids: bool = False) -> Batch:

@@ -19,7 +19,7 @@ from train.step import abstract_state
 ROOT = Path(__file__).parents[1]
 STEPS, CHECKPOINT_EVERY, KILLED_AT = 40, 10, 25
 
-# Everything that could be lost on the way: a tokenizer that was trained, documents' borders, parts of a batch, two epochs.
+# All that could be lost on the way: a tokenizer that was trained, borders of documents, parts of a batch, two epochs.
 FLAGS = {
     "--context": 32,
     "--steps": STEPS,

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import struct
+import time
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ import pytest
 
 from tests.tiny import MODEL, make_config
 from train import checkpoint, loop
-from train.checkpoint import Checkpoints
+from train.checkpoint import CheckpointError, Checkpoints
 from train.config import OptimizerConfig, TrainConfig
 from train.data import Batch, Batches
 from train.errors import Diverged
@@ -57,7 +58,7 @@ def bits(tree):
     return jax.tree.map(lambda x: (x.dtype, np.asarray(x).tobytes()), tree)
 
 
-# ---------------------------------------------------------------------------------------------------------- the optimizer
+# ------------------------------------------------------------------------------------------------------- the optimizer
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine():
@@ -144,7 +145,7 @@ def mean_loss_and_gradient(network, params, batch):
     return jax.value_and_grad(loss)(params)
 
 
-# --------------------------------------------------------------------------------------------------- what is not finite
+# -------------------------------------------------------------------------------------------------- what is not finite
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
@@ -192,7 +193,7 @@ def test_a_run_that_diverges_stops_with_the_step_and_keeps_its_checkpoints(tiny_
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved.params))
 
 
-# ----------------------------------------------------------------------------------------------------------- a whole run
+# ---------------------------------------------------------------------------------------------------------- a whole run
 
 
 def rows_without_timing(folder: Path) -> list[dict]:
@@ -269,17 +270,24 @@ def test_a_checkpoint_knows_its_config_tokenizer_data_and_versions(tiny_run):
     assert bits(opened.params) == bits(tiny_run.run.params)
 
 
-@pytest.mark.usefixtures("compiled")
-def test_the_same_seed_gives_the_same_bits_and_a_full_disk_stops_nothing(tiny_run, tmp_path, monkeypatch, capsys):
-    """The whole run again, but its checkpoint of step 30 cannot be written."""
+def full_disk_after(last: int, *, but_not: int | None = None, seconds: float = 0.0):
+    """A stand-in for what reads a checkpoint's files once they are written: later steps than `last` find no room."""
     sha256 = checkpoint._file_sha256
 
-    def full_disk(path: Path) -> str:
-        if "30.incomplete" in path.parts:
+    def read(path: Path) -> str:
+        writing = [int(part.removesuffix(".incomplete")) for part in path.parts if part.endswith(".incomplete")]
+        if any(step > last and step != but_not for step in writing):
+            time.sleep(seconds)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return sha256(path)
 
-    monkeypatch.setattr(checkpoint, "_file_sha256", full_disk)
+    return read
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_same_seed_gives_the_same_bits_and_a_full_disk_stops_nothing(tiny_run, tmp_path, monkeypatch, capsys):
+    """The whole run again, but its checkpoint of step 30 cannot be written, which is known when step 40 is done."""
+    monkeypatch.setattr(checkpoint, "_file_sha256", full_disk_after(20, but_not=40, seconds=1))
     monkeypatch.setattr(loop, "_finish", lambda *_: iter(()))
     folder = tmp_path / "run"
     again = loop.train(tiny_run.config, folder)
@@ -291,6 +299,23 @@ def test_the_same_seed_gives_the_same_bits_and_a_full_disk_stops_nothing(tiny_ru
         r"MiB free: make room.* The next save tries again; the checkpoints on disk are as they were: 10, 20\.", output
     )
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["10", "20", "40"]
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_disk_that_stays_full_loses_no_checkpoint(tiny_run, tmp_path, monkeypatch):
+    """The last save fails too: the run ends with what to do, and later goes on from the last checkpoint."""
+    folder = tmp_path / "run"
+    monkeypatch.setattr(loop, "_finish", lambda *_: iter(()))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_file_sha256", full_disk_after(10))
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint 40 could not be saved .*No space(?s:.*) as they were: 10\."
+        ):
+            loop.train(tiny_run.config, folder)
+    assert open_run(folder).step == 10
+    again = loop.train(tiny_run.config, folder)
+    assert bits(again.params) == bits(tiny_run.run.params)
+    assert rows_without_timing(folder) == rows_without_timing(tiny_run.folder)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -312,7 +337,7 @@ def test_a_trained_run_is_not_trained_again(tiny_run, tmp_path, monkeypatch, cap
     assert "compiling" not in output
 
 
-# ------------------------------------------------------------------------------------------------------------- reporting
+# ------------------------------------------------------------------------------------------------------------ reporting
 
 
 def reporter(folder: Path, **fields) -> Reporter:
