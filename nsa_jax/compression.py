@@ -167,7 +167,8 @@ class GatedPoolCompression(nnx.Module):
             exp = jnp.exp(logit[:, r : r + count] - highest[:, :, None])
             weight += exp.sum(axis=2)
             total += (exp * units[:, r : r + count]).sum(axis=2)
-        return (total / weight).astype(self.gate.dtype or tokens.dtype)
+        dtype = jnp.result_type(tokens, self.position[...]) if self.gate.dtype is None else self.gate.dtype
+        return (total / weight).astype(dtype)
 
 
 COMPRESSIONS: dict[str, Callable[..., nnx.Module]] = {

@@ -129,7 +129,7 @@ def check_attention_inputs(
     """Raise `ValueError` for any input that `nsa_attention` does not take."""
     branches = {"compressed": compressed, "selected": selected, "window": window}
     for name, branch in branches.items():
-        if not isinstance(branch, tuple) or len(branch) != 2:
+        if getattr(branch, "_fields", None) != ("key", "value"):
             raise ValueError(f"{name} must be KeyValue(key, value), not {type(branch).__name__}")
         for part, array in zip(("key", "value"), branch, strict=True):
             if len(array.shape) != 4:

@@ -212,8 +212,6 @@ class NativeSparseAttention(nnx.Module):
             ValueError: a wrong shape, a cache beside `segment_ids`, `lengths` without a cache, or, where lengths are concrete,
                 more tokens than `max_length`.
         """
-        if x.ndim != 3 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must be [B, T, in_features={self.in_features}], but its shape is {x.shape}")
         if cache is not None:
             if segment_ids is not None:
                 raise ValueError(
@@ -252,6 +250,7 @@ class NativeSparseAttention(nnx.Module):
         self, x: Float[Array, "B T E"], *, segment_ids: SegmentIds | None = None, start: Position = 0
     ) -> Projections:
         """Queries, keys, values and gates of x, whose first token is at position `start`: what `inspect` looks at."""
+        self._check(x, segment_ids)
         positions = _positions(x.shape[:2], start, segment_ids)
         query, key, value = self.query(x), self.key(x), self.value(x)
         key_cmp, key_slc, key_win = (key[:, :, i] for i in range(3))
@@ -278,6 +277,14 @@ class NativeSparseAttention(nnx.Module):
             implementation=self.implementation,
         )
 
+    def _check(self, x: Float[Array, "B T E"], segment_ids: SegmentIds | None) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must be [B, T, in_features={self.in_features}], but its shape is {x.shape}")
+        if segment_ids is not None and (segment_ids.shape != x.shape[:2] or segment_ids.dtype != jnp.int32):
+            raise ValueError(
+                f"segment_ids must be int32 [B, T] = {x.shape[:2]}, but it is {segment_ids.dtype} of shape {segment_ids.shape}"
+            )
+
     def _compress(self, tokens: KeyValue, segment_ids: SegmentIds | None) -> KeyValue:
         """Compressed tokens of a whole sequence."""
         count = self.config.num_compressed(tokens.key.shape[1])
@@ -296,12 +303,14 @@ class NativeSparseAttention(nnx.Module):
     def _with_cache(
         self, x: Float[Array, "B T E"], cache: NSACache, lengths: Int32[Array, "B"] | None
     ) -> tuple[Float[Array, "B T O"], NSACache]:
+        self._check(x, None)
         batch, num_new = x.shape[:2]
         if cache.lengths.shape != (batch,):
             raise ValueError(f"the cache holds {cache.lengths.shape[0]} sequences, but x has {batch}")
         check_cache_room(cache.lengths, num_new, lengths, max_length=cache.max_length)
-        num_real = jnp.full((batch,), num_new, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
-
+        num_real = jnp.full((batch,), num_new, jnp.int32)
+        if lengths is not None:
+            num_real = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, num_new)
         projections = self.project(x, start=cache.lengths)
         grown, window = extend(
             cache,

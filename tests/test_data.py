@@ -26,6 +26,7 @@ from train.data import (
     TokenStream,
     evaluation_batches,
     load_corpus,
+    load_documents,
     prefetch,
     tokenize,
 )
@@ -694,3 +695,13 @@ def test_program_that_fails_in_the_loop_ends() -> None:
 def test_prefetch_depth() -> None:
     with pytest.raises(ValueError, match="depth=0 must be at least 1"):
         prefetch(lambda step: pytest.fail(), 0, 1, depth=0)
+
+
+def test_documents_are_read_whole(tmp_path: Path) -> None:
+    """What `load_corpus` would cut into three is one document here, and too short a text to split is text."""
+    (tmp_path / "a.txt").write_text("ten letters")
+    assert load_documents(str(tmp_path / "a.txt")) == (Document("a.txt", "ten letters"),)
+    assert len(load_documents("austen")) == 6
+    assert {document.name for document in load_documents("stdlib")} >= {"argparse.py", "json/decoder.py"}
+    with pytest.raises(FileNotFoundError):
+        load_documents(str(tmp_path / "b.txt"))

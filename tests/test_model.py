@@ -306,7 +306,7 @@ def abstract_batch(config: TrainConfig, *, segment_ids: bool = False) -> Batch:
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("preset, vocab_size, millions", [("small", 4096, (28, 34)), ("base", 8192, (103, 121))])
-def test_the_large_presets_lower(preset, vocab_size, millions, attention):
+def test_the_large_presets_compile(preset, vocab_size, millions, attention):
     config = PRESETS[preset][1]
     assert config.data.tokenizer == f"bpe:{vocab_size}"
     config = dataclasses.replace(config, model=replace(config.model, attention=attention))
@@ -317,6 +317,11 @@ def test_the_large_presets_lower(preset, vocab_size, millions, attention):
     state, metrics = lowered.out_info
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)) == network.num_params()
     assert metrics.loss.shape == ()
+    # From shapes alone: nothing of this size is ever held. Quickly, since it is not run.
+    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    memory = lowered.compile(compiler_options=quickly).memory_analysis()
+    if attention == "nsa":
+        assert memory.temp_size_in_bytes < 32 * 2**30
 
 
 def test_mean_keys_read_counts_what_select_blocks_chooses():

@@ -134,7 +134,7 @@ def inspect(run: Path, text: Path | None = None, step: int | None = None, output
         step: Checkpoint to read; the last one if not given.
         output: Folder for the figures; the run folder if not given.
     """
-    from train.data import load_corpus
+    from train.data import load_corpus, load_documents
     from train.inspection import draw_choices
     from train.runs import open_run
 
@@ -142,7 +142,7 @@ def inspect(run: Path, text: Path | None = None, step: int | None = None, output
     if text is None:
         document = load_corpus(opened.config.data.text).validation[0]
     else:
-        document = load_corpus(str(text)).train[0]
+        document = load_documents(str(text))[0]
     print("written: " + ", ".join(map(str, draw_choices(opened, document.text, output or run))))
 
 

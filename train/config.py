@@ -72,7 +72,7 @@ class OptimizerConfig:
     warmup_steps: int = 100
     """Steps from zero to the peak."""
     final_fraction: float = 0.1
-    """The last step's learning rate, as a fraction of the peak."""
+    """Where the cosine ends, after the last step, as a fraction of the peak."""
     weight_decay: float = 0.1
     """Decay of matrices (kernels and embeddings); nothing else decays."""
     beta1: float = 0.9

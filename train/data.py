@@ -95,9 +95,22 @@ def load_corpus(source: str) -> Corpus:
     """
     if source == "austen":
         return _load_austen()
-    if source == "stdlib":
-        return _load_stdlib()
+    documents, description = _read_documents(source)
+    return _corpus(description, *_split(documents, source))
 
+
+def load_documents(source: str) -> tuple[Document, ...]:
+    """All documents of `source`, whole and not split, however short; source and errors as in `load_corpus`."""
+    if source == "austen":
+        corpus = _load_austen()
+        return (*corpus.train, *corpus.validation, *corpus.test)
+    return tuple(_read_documents(source)[0])
+
+
+def _read_documents(source: str) -> tuple[list[Document], str]:
+    """The documents of any source but "austen", in the order of their names, and a description of it."""
+    if source == "stdlib":
+        return _read_stdlib()
     base, paths, is_named = _find_files(source)
     documents, skipped = [], []
     for path in paths:
@@ -114,7 +127,7 @@ def load_corpus(source: str) -> Corpus:
             "name files of UTF-8 text"
         )
     note = f" (skipped {len(skipped)} files that are empty or not UTF-8 text, first {skipped[0]!r})" if skipped else ""
-    return _corpus(source + note, *_split(documents, source))
+    return documents, source + note
 
 
 def _load_austen() -> Corpus:
@@ -135,7 +148,7 @@ def _load_austen() -> Corpus:
     return _corpus("austen", splits["train"], splits["validation"], splits["test"])
 
 
-def _load_stdlib() -> Corpus:
+def _read_stdlib() -> tuple[list[Document], str]:
     folder = Path(sysconfig.get_path("stdlib"))
     documents = []
     for path in _files_below(folder, leave_out=_NOT_STDLIB):
@@ -146,7 +159,7 @@ def _load_stdlib() -> Corpus:
                 continue
     if not documents:
         raise ValueError(f"this Python has no sources of its standard library in {folder}: give another source")
-    return _corpus(f"stdlib of Python {platform.python_version()}", *_split(documents, "stdlib"))
+    return documents, f"stdlib of Python {platform.python_version()}"
 
 
 def _find_files(source: str) -> tuple[Path, list[Path], bool]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from train.data import Batch, evaluation_batches, load_corpus, tokenize
+from train.data import Batch, evaluation_batches, load_corpus, load_documents, tokenize
 from train.model import Network, Params
 from train.report import bits_per_byte
 from train.runs import Run
@@ -72,8 +72,7 @@ def evaluate_loss(run: Run, *, split: Split = "validation", text: str | None = N
     if text is None:
         documents = getattr(load_corpus(config.data.text), split)
     else:
-        corpus = load_corpus(text)
-        documents = (*corpus.train, *corpus.validation, *corpus.test)
+        documents = load_documents(text)
     stream = tokenize(documents, run.tokenizer)
     batches = evaluation_batches(
         stream,

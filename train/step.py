@@ -35,7 +35,7 @@ class Metrics(NamedTuple):
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """From zero to the peak over the warm-up, then down a cosine to `final_fraction` of it at the last step."""
+    """From zero to the peak over the warm-up, then down a cosine to `final_fraction` of it after the last step."""
     optimizer = config.optimizer
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
