@@ -108,8 +108,13 @@ def check_inputs(
         raise ValueError(f"scale must be a Python number or None (H ** -0.5), not {type(scale).__name__}")
     _check_position("query_start", query_start, batch, least=0)
     if segment_ids is not None:
-        _check_shape("segment_ids", "[B, S]", segment_ids, (batch, num_keys))
-        _check_int32("segment_ids", segment_ids)
+        check_segment_ids(segment_ids, (batch, num_keys))
+
+
+def check_segment_ids(segment_ids: Any, shape: tuple[int, int]) -> None:
+    """Raise `ValueError` for segment ids that are not int32 `[B, S]`, `shape`; their order is checked in `ops.py`."""
+    _check_shape("segment_ids", "[B, S]", segment_ids, shape)
+    _check_int32("segment_ids", segment_ids)
 
 
 def check_attention_inputs(

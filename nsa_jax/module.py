@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from nsa_jax import ops
 from nsa_jax.cache import NSACache, extend, init_cache
 from nsa_jax.compression import COMPRESSIONS
-from nsa_jax.config import NSAConfig
+from nsa_jax.config import NSAConfig, check_segment_ids
 from nsa_jax.reference import segment_starts
 from nsa_jax.shapes import Blocks, Gates, Key, KeyValue, Position, Query, SegmentIds, Value
 
@@ -280,10 +280,8 @@ class NativeSparseAttention(nnx.Module):
     def _check(self, x: Float[Array, "B T E"], segment_ids: SegmentIds | None) -> None:
         if x.ndim != 3 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [B, T, in_features={self.in_features}], but its shape is {x.shape}")
-        if segment_ids is not None and (segment_ids.shape != x.shape[:2] or segment_ids.dtype != jnp.int32):
-            raise ValueError(
-                f"segment_ids must be int32 [B, T] = {x.shape[:2]}, but it is {segment_ids.dtype} of shape {segment_ids.shape}"
-            )
+        if segment_ids is not None:
+            check_segment_ids(segment_ids, x.shape[:2])
 
     def _compress(self, tokens: KeyValue, segment_ids: SegmentIds | None) -> KeyValue:
         """Compressed tokens of a whole sequence."""
