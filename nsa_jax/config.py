@@ -111,7 +111,7 @@ def check_inputs(
         check_segment_ids(segment_ids, (batch, num_keys))
 
 
-def check_segment_ids(segment_ids: Any, shape: tuple[int, int]) -> None:
+def check_segment_ids(segment_ids: Any, shape: tuple[int, ...]) -> None:
     """Raise `ValueError` for segment ids that are not int32 `[B, S]`, `shape`; their order is checked in `ops.py`."""
     _check_shape("segment_ids", "[B, S]", segment_ids, shape)
     _check_int32("segment_ids", segment_ids)
