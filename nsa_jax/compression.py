@@ -47,9 +47,18 @@ def mean_compress(tokens: Tokens, *, config: NSAConfig) -> Compressed:
 
 
 class MeanCompression(nnx.Module):
-    """`mean_compress` as a module without parameters."""
+    """`mean_compress` as a module without parameters; takes the arguments of the others and uses `config` alone."""
 
-    def __init__(self, size: int, *, config: NSAConfig, rngs: nnx.Rngs, **unused: object):
+    def __init__(
+        self,
+        size: int,
+        *,
+        config: NSAConfig,
+        rngs: nnx.Rngs,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+    ):
         self.config = config
 
     def __call__(self, tokens: Tokens) -> Compressed:
@@ -77,7 +86,6 @@ class LinearCompression(nnx.Module):
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
-        **unused: object,
     ):
         self.blocks = _BlockLinear(
             size, size, config=config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init
@@ -109,7 +117,6 @@ class MLPCompression(nnx.Module):
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
-        **unused: object,
     ):
         hidden = 2 * size if hidden is None else hidden
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init)
@@ -130,7 +137,8 @@ class GatedPoolCompression(nnx.Module):
 
     Args:
         size: D, of a token and of its compressed token.
-        config, dtype, param_dtype, rngs: as in `LinearCompression`. The weights Wg and positions start at zero.
+        config, dtype, param_dtype, rngs: as in `LinearCompression`.
+        kernel_init: not used: the weights Wg and positions start at zero.
     """
 
     def __init__(
@@ -141,7 +149,7 @@ class GatedPoolCompression(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
-        **unused: object,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
     ):
         self.config = config
         zeros = nnx.initializers.zeros_init()

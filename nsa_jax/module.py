@@ -15,7 +15,7 @@ from nsa_jax.cache import NSACache, extend, init_cache
 from nsa_jax.compression import COMPRESSIONS
 from nsa_jax.config import NSAConfig, check_segment_ids
 from nsa_jax.reference import segment_starts
-from nsa_jax.shapes import Blocks, Gates, Key, KeyValue, Position, Query, SegmentIds, Value
+from nsa_jax.shapes import Blocks, Gates, Key, KeyValue, Out, Position, Query, SegmentIds
 
 
 class Projections(NamedTuple):
@@ -333,7 +333,7 @@ class NativeSparseAttention(nnx.Module):
             window_start=window.start,
             implementation=self.implementation,
         )
-        attend: Callable[..., Value] = ops.decode_step if num_new == 1 else ops.nsa_attention
+        attend: Callable[..., Out] = ops.decode_step if num_new == 1 else ops.nsa_attention
         out = self.out(attend(projections.query, **arguments))
         return mark_overflow(out, cache.lengths, num_real, max_length=cache.max_length), grown
 

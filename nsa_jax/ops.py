@@ -55,6 +55,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 _PLANNED = ("pallas", "pallas_interpret")
 
+# The branches' names are for implementations that save their outputs and log-sum-exps apart; "xla" has `nsa_out` alone.
 # Under this policy a rematerialised layer keeps what attention computed, so that its forward pass does not run twice.
 SAVED_NAMES = (
     "nsa_blocks",

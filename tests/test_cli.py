@@ -183,7 +183,7 @@ WRONG_FLAGS = {
         "or packing be 'running', or attention 'nsa'",
     ),
     "kernels": (["--implementation", "pallas"], "implementation='pallas' does not exist yet", "use 'xla' or None"),
-    "seed": (["--seed", "-1"], "seed=-1 must not be negative", ""),
+    "seed": (["--seed", "-1"], "seed=-1 must be at least 0", ""),
     "tokenizer": (["--tokenizer", "bpe"], 'tokenizer=\'bpe\' must be "bytes", "bpe:N"', "there is no such file"),
     "vocabulary": (["--tokenizer", "bpe:9999"], "bpe:9999 asks for 9999 tokens", "ask for at most bpe:"),
     "prompt": (

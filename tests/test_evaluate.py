@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from nsa_jax import ops, select_blocks
-from tests.tiny import MODEL, random_params, replace_model, save_untrained
+from tests.tiny import MODEL, Trained, random_params, replace_model, save_untrained
 from train import evaluate, plots
 from train.__main__ import main
 from train.data import Batch, evaluation_batches, load_corpus, tokenize
@@ -106,7 +107,7 @@ def test_bits_per_byte_compare_tokenizers(tiny_run, tmp_path):
     corpus = load_corpus(str(tmp_path))
     tokenizer = make_tokenizer("bpe:270", lambda: [document.text for document in corpus.train])
     network = Network(config.model, tokenizer.vocab_size)
-    run = Run(tmp_path, 0, config, tokenizer, network, random_params(network))
+    run = Run(tmp_path, 0, config, tokenizer, network, random_params(network), load_corpus(config.data.text).sha256)
     stream = tokenize(corpus.train, tokenizer)
     assert len(corpus.train) == 2 and len(stream.tokens) < 0.8 * stream.num_bytes
 
@@ -230,3 +231,10 @@ def test_inspect_refuses_a_run_that_selects_nothing(full_run, tmp_path, capsys):
         f"error: {full_run} was trained with attention='full': only 'nsa' selects blocks\n"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_eval_refuses_a_text_that_has_changed(tiny_run: Trained, tmp_path: Path):
+    """What is held out of the new text may have been trained on in the old one."""
+    opened = open_run(tiny_run.folder)._replace(data_sha256="0" * 64)
+    with pytest.raises(ValueError, match="the text has changed"):
+        evaluate_loss(opened)

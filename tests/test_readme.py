@@ -1,9 +1,12 @@
-"""The README's Python blocks run, in their order, one after the other; its commands and figures exist."""
+"""The README's Python blocks run, one after the other; its commands are understood; what it links to exists."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from train.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,3 +35,18 @@ def test_the_code_map_is_complete():
         for path in (ROOT / package).glob("*.py"):
             if path.stem not in ("__init__", "__main__"):
                 assert f"`{path.stem}`" in README or f"{path.stem}.py" in README, path
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python -m train (.*?)(?:  #.*)?$", README, flags=re.MULTILINE))
+def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def understood(*args, **kwargs):
+        raise ValueError("understood")
+
+    monkeypatch.setattr("train.loop.train", understood)
+    monkeypatch.setattr("train.runs.open_run", understood)
+    assert main(shlex.split(command)) == 2
+    assert capsys.readouterr().err == "error: understood\n"
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"@[A-Z]+@|TODO", README)

@@ -13,7 +13,8 @@ import pytest
 
 from tests.tiny import write_text
 from train.checkpoint import Checkpoints
-from train.runs import checkpoints_in, open_run
+from train.config import PRESETS
+from train.runs import checkpoints_in, claim_folder, open_run
 from train.step import abstract_state
 
 ROOT = Path(__file__).parents[1]
@@ -166,3 +167,12 @@ def test_sigkill(start, uninterrupted, tmp_path):
     assert (resumed.returncode, resumed.stderr) == (0, "")
     assert f"going on from step {step} of {STEPS}\n" in resumed.stdout
     assert_equal_runs(folder, uninterrupted)
+
+
+def test_a_start_that_was_killed_at_once_begins_anew(tmp_path: Path):
+    """Between the making of the folder and the writing of config.json."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.tmp").write_text("{")
+    claim_folder(folder, PRESETS["tiny"][1])
+    assert [path.name for path in folder.iterdir()] == ["config.json"]

@@ -9,8 +9,9 @@ from typing import Literal
 
 import tyro
 
+from train.checkpoint import CheckpointError
 from train.config import PRESETS, TrainConfig
-from train.errors import CheckpointError, Diverged, Interrupted
+from train.errors import Diverged, Interrupted
 
 PROG = "python -m train"
 
@@ -134,13 +135,13 @@ def inspect(run: Path, text: Path | None = None, step: int | None = None, output
         step: Checkpoint to read; the last one if not given.
         output: Folder for the figures; the run folder if not given.
     """
-    from train.data import load_corpus, load_documents
+    from train.data import load_documents
     from train.inspection import draw_choices
-    from train.runs import open_run
+    from train.runs import load_own_corpus, open_run
 
     opened = open_run(run, step=step)
     if text is None:
-        document = load_corpus(opened.config.data.text).validation[0]
+        document = load_own_corpus(opened).validation[0]
     else:
         document = load_documents(str(text))[0]
     print("written: " + ", ".join(map(str, draw_choices(opened, document.text, output or run))))

@@ -5,6 +5,7 @@ The docstrings of the fields are the command line's help.
 
 import dataclasses
 import json
+import math
 import typing
 from typing import Any, Literal
 
@@ -128,9 +129,16 @@ class TrainConfig:
             for field in fields:
                 if getattr(owner, field) < 1:
                     raise ValueError(f"{field}={getattr(owner, field)} must be at least 1")
-        for field in ("learning_rate", "clip_norm"):
-            if not getattr(optimizer, field) > 0:
-                raise ValueError(f"{field}={getattr(optimizer, field)} must be positive")
+        for owner, field in ((optimizer, "learning_rate"), (optimizer, "clip_norm"), (model, "rope_theta")):
+            value = getattr(owner, field)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{field}={value} must be positive and finite")
+        for field in ("beta1", "beta2", "final_fraction", "weight_decay"):
+            value, below_one = getattr(optimizer, field), field.startswith("beta")
+            if not (value >= 0 and (value < 1 if below_one else math.isfinite(value))):
+                raise ValueError(f"{field}={value} must be at least 0 and {'below 1' if below_one else 'finite'}")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
         if model.num_heads % model.num_kv_heads:
             raise ValueError(f"num_heads={model.num_heads} must be a multiple of num_kv_heads={model.num_kv_heads}")
         if model.head_dim % 2:
@@ -179,7 +187,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "small": (
-        "30 million parameters, 8k tokens of context: one GPU",
+        "34 million parameters, 8k tokens of context: one GPU",
         TrainConfig(
             name="small",
             context=8192,
@@ -201,7 +209,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "base": (
-        "120 million parameters, 32k tokens of context: one GPU with 80 GB",
+        "115 million parameters, 32k tokens of context: one GPU with 80 GB",
         TrainConfig(
             name="base",
             context=32768,

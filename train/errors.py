@@ -1,7 +1,5 @@
 """How a run ends early: errors that are written for the user, and shown without a traceback."""
 
-from train.checkpoint import CheckpointError
-
 
 class Diverged(RuntimeError):
     """Too many steps in a row were not finite."""
@@ -13,6 +11,3 @@ class Interrupted(Exception):
     def __init__(self, signum: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + signum
-
-
-__all__ = ["CheckpointError", "Diverged", "Interrupted"]

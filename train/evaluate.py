@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from train.data import Batch, evaluation_batches, load_corpus, load_documents, tokenize
+from train.data import Batch, evaluation_batches, load_documents, tokenize
 from train.model import Network, Params
 from train.report import bits_per_byte
-from train.runs import Run
+from train.runs import Run, load_own_corpus
 
 Split = Literal["validation", "test", "train"]
 
@@ -70,7 +70,7 @@ def evaluate_loss(run: Run, *, split: Split = "validation", text: str | None = N
     """The loss of a run on a split of its own text, or on the whole of another text."""
     config = run.config
     if text is None:
-        documents = getattr(load_corpus(config.data.text), split)
+        documents = getattr(load_own_corpus(run), split)
     else:
         documents = load_documents(text)
     stream = tokenize(documents, run.tokenizer)

@@ -14,14 +14,14 @@ import jax
 from train import plots
 from train.checkpoint import CheckpointError, Checkpoints
 from train.config import TrainConfig
-from train.data import Batches, evaluation_batches, load_corpus, prefetch, tokenize
+from train.data import Batch, Batches, evaluation_batches, load_corpus, prefetch, tokenize
 from train.errors import Diverged, Interrupted
 from train.evaluate import Loss, LossMeter
 from train.generate import Sampling, generate, prompt_tokens
 from train.inspection import draw_choices
 from train.model import Network
 from train.report import Reporter, peak_flops, read_metrics
-from train.runs import Run, check_same_data, checkpoints_in, claim_folder, make_metadata, versions
+from train.runs import Run, check_same_data, checkpoints_in, claim_folder, make_metadata, read_metadata, versions
 from train.step import Metrics, TrainState, abstract_state, init_state, make_train_step
 from train.tokenizer import make_tokenizer, tokenizer_from_json
 
@@ -44,7 +44,7 @@ def train(config: TrainConfig, folder: Path) -> Run:
     corpus = load_corpus(config.data.text)
     checkpoints_folder = checkpoints_in(folder)
     with Checkpoints(checkpoints_folder, read_only=True) as earlier:
-        metadata = earlier.metadata() if earlier.steps() else None
+        metadata = read_metadata(earlier) if earlier.steps() else None
     if metadata is None:
         tokenizer = make_tokenizer(config.data.tokenizer, lambda: (document.text for document in corpus.train))
     else:
@@ -61,18 +61,23 @@ def train(config: TrainConfig, folder: Path) -> Run:
     network = Network(config.model, tokenizer.vocab_size)
     step_function, meter = make_train_step(network, config), LossMeter(network)
     jax.eval_shape(step_function, abstract_state(network, config), batches.at(0))  # raises all that tracing can
-    claim_folder(folder, config)
-    if metadata is not None:
-        check_same_data(metadata, corpus.sha256, folder)
 
-    def validate(state: TrainState, limit: int | None) -> Loss:
-        every = evaluation_batches(
+    def held_out_batches() -> Iterator[Batch]:
+        return evaluation_batches(
             held_out,
             context=config.context,
             batch_size=config.batch_size // config.optimizer.accumulate,
             packing=config.data.packing,
         )
-        return meter(state.params, itertools.islice(every, limit), bytes_per_token=held_out.bytes_per_token)
+
+    def validate(state: TrainState, limit: int | None) -> Loss:
+        batches = itertools.islice(held_out_batches(), limit)
+        return meter(state.params, batches, bytes_per_token=held_out.bytes_per_token)
+
+    held_out_batches()  # raises if there is too little of it
+    claim_folder(folder, config)
+    if metadata is not None:
+        check_same_data(metadata["data_sha256"], corpus.sha256, folder)
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(checkpoints_folder, keep_last=config.keep_checkpoints))
@@ -97,8 +102,9 @@ def train(config: TrainConfig, folder: Path) -> Run:
         if first:
             report.say(f"going on from step {first} of {config.steps}")
 
-        signals = stack.enter_context(_caught_signals())
-        steps = stack.enter_context(contextlib.closing(prefetch(batches.at, first, config.steps)))
+        loop = stack.enter_context(contextlib.ExitStack())
+        signals = loop.enter_context(_caught_signals())
+        steps = loop.enter_context(contextlib.closing(prefetch(batches.at, first, config.steps)))
         saved = make_metadata(config, tokenizer, corpus.sha256)
         pending: tuple[int, Metrics] | None = None
         for index, batch in steps:
@@ -135,26 +141,29 @@ def train(config: TrainConfig, folder: Path) -> Run:
                 report.say(f"warning: {problem}")
             if validation is not None or done % config.checkpoint_every == 0:
                 report.restart_clock(done)
-            if signals and done < config.steps:
+            if signals:
                 _finish_save(checkpoints, report)
                 checkpoints.save(done, state, saved, validation_loss=validation)
                 checkpoints.wait()
                 name = signal.Signals(signals[0]).name
                 message = f"stopped by {name} at step {done}, which is saved: the same command goes on from there"
                 raise Interrupted(signals[0], message)
+        loop.close()
         if first < config.steps:
-            result = validate(state, None)
-            report.validation(config.steps, loss=result.loss, bits_per_byte=result.bits_per_byte)
+            # Saved before the long measurement, with a loss that is measured as those of the checkpoints before.
+            validation = validate(state, config.eval_batches).loss
             _finish_save(checkpoints, report)
-            checkpoints.save(config.steps, state, saved, validation_loss=result.loss)
+            checkpoints.save(config.steps, state, saved, validation_loss=validation)
             checkpoints.wait()
         else:
             report.say(f"{folder} is trained to its last step already")
-            result = validate(state, None)
-        run = Run(folder, config.steps, config, tokenizer, network, state.params)
-        text = corpus.validation[0].text if corpus.validation else corpus.train[0].text
-        for line in _finish(run, result, text):
+        result = validate(state, None)
+        if not any(row["step"] == config.steps and "validation_loss" in row for row in read_metrics(report.path)):
+            report.validation(config.steps, loss=result.loss, bits_per_byte=result.bits_per_byte)
+        run = Run(folder, config.steps, config, tokenizer, network, state.params, corpus.sha256)
+        for line in _finish(run, result, corpus.validation[0].text):
             report.say(line)
+        report.say(f"best checkpoint by validation loss: step {checkpoints.best_step()}")
     return run
 
 
@@ -210,7 +219,7 @@ def _finish(run: Run, result: Loss, text: str) -> Iterator[str]:
     folder = run.folder
     prompt = run.config.prompt
     sample = generate(run, prompt, sampling=Sampling(temperature=0.7), max_tokens=None, seed=0)
-    (folder / "sample.txt").write_text(prompt + sample + "\n")
+    (folder / "sample.txt").write_text(prompt + sample + "\n", encoding="utf-8")
     rows = read_metrics(folder / "metrics.jsonl")
     figures = [plots.loss_curve({folder.name: rows}, folder / "loss.png")]
     if run.config.model.attention == "nsa":

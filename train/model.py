@@ -80,8 +80,12 @@ class DenseAttention(nnx.Module):
             same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
             return self.out(self._attend(query, key, value, mask=same))
 
+        if segment_ids is not None:
+            raise ValueError("cache and segment_ids do not go together: decode each document as a sequence of its own")
         check_cache_room(cache.lengths, length, lengths, max_length=cache.tokens.key.shape[1])
-        num_real = jnp.full((x.shape[0],), length, jnp.int32) if lengths is None else lengths
+        num_real = jnp.full((x.shape[0],), length, jnp.int32)
+        if lengths is not None:
+            num_real = jnp.clip(lengths, 0, length)
         position = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
         query, key, value = self._project(x, position)
         capacity = cache.tokens.key.shape[1]

@@ -65,12 +65,12 @@ class Reporter:
     ):
         self._steps, self._tokens_per_step, self._bytes_per_token = steps, tokens_per_step, bytes_per_token
         self._flops_per_token, self._peak = flops_per_token, peak
-        self._path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self._path) if row["step"] <= first_step]
-        rewritten = self._path.with_suffix(".tmp")
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+        rewritten = self.path.with_suffix(".tmp")
         rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        rewritten.replace(self._path)
-        self._file: TextIO | None = self._path.open("a")
+        rewritten.replace(self.path)
+        self._file: TextIO | None = self.path.open("a")
         self._tensorboard = _tensorboard(folder, first_step)
         self._console = Console(highlight=False, soft_wrap=True, emoji=False)
         self._live: Live | None = None
@@ -146,7 +146,7 @@ class Reporter:
                 self._file.write(json.dumps(row) + "\n")
                 self._file.flush()
             except OSError as error:
-                self.say(f"warning: {self._path} can't be written ({error}): from here on it has no metrics")
+                self.say(f"warning: {self.path} can't be written ({error}): from here on it has no metrics")
                 with contextlib.suppress(OSError):
                     self._file.close()
                 self._file = None

@@ -4,7 +4,7 @@ RUN/config.json         the configuration, to be read
 RUN/checkpoints/        see train/checkpoint.py; each holds configuration, tokenizer, data hash and versions too
 RUN/metrics.jsonl       a row for each logged step and each validation
 RUN/tensorboard/        the same, where tensorboardX is installed
-RUN/summary.json, sample.txt, loss.png, selected_blocks.png     written at the end
+RUN/summary.json, sample.txt, loss.png, selected_blocks.png, gates.png     written at the end
 """
 
 import importlib.metadata
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import nsa_jax
 from train.checkpoint import CheckpointError, Checkpoints
 from train.config import TrainConfig, differences, from_dict, to_dict
+from train.data import Corpus, load_corpus
 from train.model import Network, Params
 from train.step import abstract_state
 from train.tokenizer import Tokenizer, tokenizer_from_json
@@ -32,6 +33,7 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     network: Network
     params: Params
+    data_sha256: str  # of the text that it was trained on, splits and all
 
 
 def checkpoints_in(folder: Path) -> Path:
@@ -65,12 +67,7 @@ def open_run(folder: Path, *, step: int | None = None) -> Run:
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder {folder}: `python -m train run PRESET --run {folder}` makes one")
     with Checkpoints(checkpoints_in(folder), read_only=True) as checkpoints:
-        metadata = checkpoints.metadata(step)
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{folder} was written in format {metadata.get('format')} of nsa-jax {metadata.get('versions')}, "
-                f"this is format {FORMAT}: open it with that version"
-            )
+        metadata = read_metadata(checkpoints, step)
         try:
             config = from_dict(TrainConfig, metadata["config"])
         except (TypeError, ValueError) as error:
@@ -78,7 +75,29 @@ def open_run(folder: Path, *, step: int | None = None) -> Run:
         tokenizer = tokenizer_from_json(metadata["tokenizer"])
         network = Network(config.model, tokenizer.vocab_size)
         state, found = checkpoints.restore(abstract_state(network, config), step)
-    return Run(folder, found, config, tokenizer, network, state.params)
+    return Run(folder, found, config, tokenizer, network, state.params, metadata["data_sha256"])
+
+
+def read_metadata(checkpoints: Checkpoints, step: int | None = None) -> dict[str, Any]:
+    """What `make_metadata` made; raises `CheckpointError` if another version did."""
+    metadata = checkpoints.metadata(step)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoints.directory} was written in format {metadata.get('format')} of nsa-jax {metadata.get('versions')}, "
+            f"this is format {FORMAT}: open it with that version"
+        )
+    return metadata
+
+
+def load_own_corpus(run: Run) -> Corpus:
+    """The text that a run was trained on.
+
+    Raises:
+        ValueError: it has changed: what is held out now may have been trained on.
+    """
+    corpus = load_corpus(run.config.data.text)
+    check_same_data(run.data_sha256, corpus.sha256, run.folder)
+    return corpus
 
 
 def claim_folder(folder: Path, config: TrainConfig) -> None:
@@ -88,11 +107,12 @@ def claim_folder(folder: Path, config: TrainConfig) -> None:
         ValueError: it holds another run, or something that is no run.
     """
     written = folder / "config.json"
+    partial = folder / "config.tmp"
     if not written.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # A start that was killed at once leaves the partial file behind.
+        if folder.exists() and (not folder.is_dir() or any(path != partial for path in folder.iterdir())):
             raise ValueError(f"{folder} is no run folder: give another with --run")
         folder.mkdir(parents=True, exist_ok=True)
-        partial = written.with_suffix(".tmp")
         partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
         partial.replace(written)
         return
@@ -110,10 +130,10 @@ def claim_folder(folder: Path, config: TrainConfig) -> None:
         )
 
 
-def check_same_data(metadata: dict[str, Any], data_sha256: str, folder: Path) -> None:
-    """Raise `ValueError` when a run would go on with another text than it began with."""
-    if metadata["data_sha256"] != data_sha256:
+def check_same_data(then: str, now: str, folder: Path) -> None:
+    """Raise `ValueError` when a run would go on, or be judged, with another text than it began with; both are SHA-256."""
+    if then != now:
         raise ValueError(
-            f"the text has changed since {folder} was begun (SHA-256 {data_sha256[:12]}..., then "
-            f"{metadata['data_sha256'][:12]}...): bring the old text back, or begin anew with another --run"
+            f"the text has changed since {folder} was begun (SHA-256 {now[:12]}..., then {then[:12]}...): "
+            "bring the old text back, or begin anew with another --run"
         )
