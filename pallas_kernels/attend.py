@@ -1,0 +1,270 @@
+"""Native Sparse Attention in kernels: the three branches, their gated sum, and its gradient, as one `custom_vjp`.
+
+Forward: window; compressed; the choice of blocks, from the compressed branch's log-sum-exp; selected, whose program also
+forms the gated sum. Kept for the backward pass: the branches' outputs (rounded to the values' dtype) and log-sum-exps, and
+the blocks.
+
+Backward: `delta = dout . o` of each branch, which is its gate's gradient; dq of the three branches, each kernel adding to
+the one before in float32; dk and dv.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import block_selection, compressed_attention, selected_attention, window_attention
+from pallas_kernels.flash import Config, Launch, Ranges, Tile
+from pallas_kernels.positions import (
+    BlockRanges,
+    candidate_blocks,
+    compressed_ranges,
+    positions,
+    token_ranges,
+    window_ranges,
+)
+from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
+from pallas_kernels.tiles import Tiles
+
+
+class Static(NamedTuple):
+    """What is known when a call is traced."""
+
+    config: Config
+    scale: float
+    tiles: Tiles
+    holes: bool
+    interpret: bool
+
+    def launch(self, kernel: str) -> Launch:
+        tile: Tile = getattr(self.tiles, kernel)
+        return Launch(tile, self.interpret)
+
+
+class Operands(NamedTuple):
+    """What is differentiated; queries by key/value head."""
+
+    query: Grouped
+    key_cmp: Float[Array, "B C K H"]
+    value_cmp: Float[Array, "B C K V"]
+    key_slc: Float[Array, "B S K H"]
+    value_slc: Float[Array, "B S K V"]
+    key_win: Float[Array, "B W K H"]
+    value_win: Float[Array, "B W K V"]
+    gates: Float[Array, "B T K G 3"]
+
+
+class Places(NamedTuple):
+    """What each query may read in each branch, and the blocks that it may choose."""
+
+    compressed: Ranges
+    tokens: Ranges
+    window: Ranges
+    candidates: BlockRanges
+
+
+class Saved(NamedTuple):
+    """What the forward pass keeps beside its operands."""
+
+    blocks: Int32[Array, "B T K A"]
+    out_cmp: Float[Array, "B T K G V"]
+    out_slc: Float[Array, "B T K G V"]
+    out_win: Float[Array, "B T K G V"]
+    lse_cmp: RowValues
+    lse_slc: RowValues
+    lse_win: RowValues
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    compressed: tuple[Array, Array],
+    selected: tuple[Array, Array],
+    window: tuple[Array, Array],
+    gates: Float[Array, "B T N 3"],
+    blocks: Int32[Array, "B T K A"] | None,
+    *,
+    config: Config,
+    scale: float,
+    query_start: Any,
+    window_start: Any,
+    segment_ids: Int32[Array, "B S"] | None,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T N V"]:
+    """The gated sum of the three branches (eq. 5); the blocks are chosen here if not given. Shapes as in `nsa_attention`."""
+    batch, length, num_heads, _ = query.shape
+    num_keys, kv_heads = selected[0].shape[1:3]
+    static = Static(config, scale, tiles or Tiles(), segment_ids is not None, interpret)
+    where = positions(query_start, segment_ids, batch=batch, num_queries=length, num_keys=num_keys)
+    places = Places(
+        compressed_ranges(where, config=config),
+        token_ranges(where),
+        window_ranges(where, window_start, length=window[0].shape[1], config=config),
+        candidate_blocks(where, config=config),
+    )
+    operands = Operands(_grouped(query, kv_heads), *compressed, *selected, *window, _grouped(gates, kv_heads))
+    out = _attend(static, operands, places, blocks)
+    return out.reshape(batch, length, num_heads, out.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: Static, operands: Operands, places: Places, blocks: Array | None) -> Array:
+    return _forward(static, operands, places, blocks)[0]
+
+
+def _forward(static: Static, operands: Operands, places: Places, blocks: Array | None) -> tuple[Array, Any]:
+    query, config, scale = operands.query, static.config, static.scale
+    out_win, lse_win = window_attention.window_forward(
+        query, operands.key_win, operands.value_win, places.window, scale=scale, launch=static.launch("window_forward")
+    )
+    out_cmp, lse_cmp = _compressed_forward(static, operands, places)
+    if blocks is None:
+        blocks = _select(static, query, operands.key_cmp, lse_cmp, places, num_keys=operands.key_slc.shape[1])
+    out, out_slc, lse_slc = selected_attention.selected_forward(
+        query,
+        operands.key_slc,
+        operands.value_slc,
+        blocks,
+        places.tokens,
+        selected_attention.Sum(operands.gates, out_cmp, out_win),
+        config=config,
+        scale=scale,
+        launch=static.launch("selected_forward"),
+    )
+    saved = Saved(blocks, out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win)
+    names = ("nsa_blocks", *(f"nsa_{what}_{branch}" for what in ("out", "lse") for branch in ("cmp", "slc", "win")))
+    saved = Saved(*map(checkpoint_name, saved, names))
+    return checkpoint_name(out, "nsa_out"), (operands, places, saved)
+
+
+def _compressed_forward(static: Static, operands: Operands, places: Places) -> tuple[Array, Array]:
+    query, value = operands.query, operands.value_cmp
+    if value.shape[1] == 0:
+        out = jnp.zeros((*query.shape[:-1], value.shape[-1]), value.dtype)
+        return out, jnp.zeros(query.shape[:-1], jnp.float32)
+    return compressed_attention.compressed_forward(
+        query,
+        operands.key_cmp,
+        value,
+        places.compressed,
+        scale=static.scale,
+        holes=static.holes,
+        launch=static.launch("compressed_forward"),
+    )
+
+
+def _select(
+    static: Static, query: Array, key: Array, lse: Array, places: Any, *, num_keys: int
+) -> Int32[Array, "B T K A"]:
+    return block_selection.select(
+        query,
+        key,
+        lse,
+        places.compressed,
+        places.candidates,
+        config=static.config,
+        num_blocks=-(-num_keys // static.config.select_block),
+        scale=static.scale,
+        scores_launch=static.launch("scores"),
+        choice_launch=static.launch("choice"),
+    )
+
+
+def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, None, None]:
+    operands, places, saved = residuals
+    scale, config = static.scale, static.config
+    outs = (saved.out_cmp, saved.out_slc, saved.out_win)
+    wide = dout.astype(jnp.float32)
+    deltas = [jnp.sum(wide * out.astype(jnp.float32), axis=-1) for out in outs]
+    gates = operands.gates.astype(jnp.float32)
+    compressed, selected, window = (
+        QuerySide(operands.query, dout, gates[..., i], lse, delta)
+        for i, (lse, delta) in enumerate(zip((saved.lse_cmp, saved.lse_slc, saved.lse_win), deltas, strict=True))
+    )
+    keys_cmp, keys_slc, keys_win = operands[1:3], operands[3:5], operands[5:7]
+
+    dq = window_attention.window_query_gradient(
+        window, *keys_win, places.window, None, dtype=jnp.float32, scale=scale, launch=static.launch("window_dq")
+    )
+    if keys_cmp[0].shape[1]:
+        dq = compressed_attention.compressed_query_gradient(
+            compressed,
+            *keys_cmp,
+            places.compressed,
+            dq,
+            dtype=jnp.float32,
+            scale=scale,
+            holes=static.holes,
+            launch=static.launch("compressed_dq"),
+        )
+        dkv_cmp = compressed_attention.compressed_key_value_gradients(
+            compressed, *keys_cmp, places.compressed, scale=scale, launch=static.launch("compressed_dkv")
+        )
+    else:
+        dkv_cmp = tuple(jnp.zeros_like(x) for x in keys_cmp)
+    dq = selected_attention.selected_query_gradient(
+        selected,
+        *keys_slc,
+        saved.blocks,
+        places.tokens,
+        dq,
+        dtype=operands.query.dtype,
+        config=config,
+        scale=scale,
+        launch=static.launch("selected_dq"),
+    )
+    dkv_slc = selected_attention.selected_key_value_gradients(
+        selected,
+        *keys_slc,
+        saved.blocks,
+        places.tokens,
+        config=config,
+        scale=scale,
+        launch=static.launch("selected_dkv"),
+        sum_launch=static.launch("selected_sum"),
+    )
+    dkv_win = window_attention.window_key_value_gradients(
+        window, *keys_win, places.window, scale=scale, launch=static.launch("window_dkv")
+    )
+    dgates = jnp.stack(deltas, axis=-1).astype(operands.gates.dtype)
+    return Operands(dq, *dkv_cmp, *dkv_slc, *dkv_win, dgates), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def select_blocks(
+    query: Float[Array, "B T N H"],
+    compressed_key: Float[Array, "B C K H"],
+    *,
+    config: Config,
+    num_keys: int,
+    scale: float,
+    query_start: Any,
+    segment_ids: Int32[Array, "B S"] | None,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Int32[Array, "B T K A"]:
+    """Blocks that each query reads; see `nsa_jax.select_blocks`."""
+    batch, length = query.shape[:2]
+    static = Static(config, scale, tiles or Tiles(), segment_ids is not None, interpret)
+    where = positions(query_start, segment_ids, batch=batch, num_queries=length, num_keys=num_keys)
+    visible = compressed_ranges(where, config=config)
+    candidates = candidate_blocks(where, config=config)
+    query, key = jax.lax.stop_gradient((_grouped(query, compressed_key.shape[2]), compressed_key))
+    if key.shape[1]:
+        _, lse = compressed_attention.compressed_forward(
+            query, key, key, visible, scale=scale, holes=static.holes, launch=static.launch("compressed_forward")
+        )
+    else:
+        lse = jnp.zeros(query.shape[:-1], jnp.float32)
+    places = Places(visible, visible, visible, candidates)
+    return _select(static, query, key, lse, places, num_keys=num_keys)
+
+
+def _grouped(x: Float[Array, "B T N D"], kv_heads: int) -> Float[Array, "B T K G D"]:
+    batch, length, num_heads, size = x.shape
+    return x.reshape(batch, length, kv_heads, num_heads // kv_heads, size)

@@ -1,0 +1,257 @@
+"""What the attention kernels share: rows and parts of heads in and out of a program, and the steps of flash attention.
+
+A program holds `rows`: one row for each pair of a query token and a head of its group, in that order, so that the G heads
+that read the same keys fill one tile, whatever G is. Row r of all T * G is head `r % G` of token `r // G`.
+
+Triton's tensors have power-of-two sizes. A head size that is none is held in at most two parts, 192 as 128 + 64, and what
+sticks out of the last part is masked. Scores are kept in base 2, `scale * log2(e) * q.k`, for `exp2` is the hardware's.
+
+    o = sum_j p_j v_j,  p_j = 2^(s_j - lse),  lse = log2 sum_j 2^s_j
+    dv_j = sum_rows g p_j dout,  ds_j = g p_j (dout.v_j - delta),  delta = dout.o,  dq = scale sum_j ds_j k_j
+
+with g the row's gate: `dout` is the gradient of the gated sum.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+from jaxtyping import Array
+
+LOG2E = math.log2(math.e)
+# Stands for minus infinity in masked scores; finite, because (-inf) - (-inf) would be NaN in a row that sees nothing.
+MASKED = -1e30
+
+
+class Config(Protocol):
+    """The sizes of NSA, in tokens or counts; `nsa_jax.NSAConfig` is one."""
+
+    @property
+    def compress_block(self) -> int: ...
+    @property
+    def compress_stride(self) -> int: ...
+    @property
+    def select_block(self) -> int: ...
+    @property
+    def num_selected(self) -> int: ...
+    @property
+    def num_initial(self) -> int: ...
+    @property
+    def num_local(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+
+
+class Tile(NamedTuple):
+    """How much one program of a kernel holds, and how Triton compiles it: a matter of speed alone."""
+
+    rows: int  # of queries (token, head): a power of two
+    keys: int  # a power of two
+    warps: int
+    stages: int
+
+
+class Ranges(NamedTuple):
+    """The keys `low .. high - 1` that each query reads, or may read; both never decrease along T. None if low >= high."""
+
+    low: Array  # int32 [B, T]
+    high: Array  # int32 [B, T]
+
+
+class Part(NamedTuple):
+    """Columns `start .. start + width - 1` of a head, those from `size` on masked."""
+
+    start: int
+    width: int
+    size: int
+
+    @property
+    def masked(self) -> bool:
+        return self.start + self.width > self.size
+
+
+def head_parts(size: int) -> tuple[Part, ...]:
+    """A head of `size` numbers in one or two parts of power-of-two width, as tight as that allows.
+
+    >>> [part[:2] for part in head_parts(192)], [part[:2] for part in head_parts(200)]
+    ([(0, 128), (128, 64)], [(0, 256)])
+    """
+    # Triton's dot wants 16 numbers at least.
+    whole = max(16, next_power_of_2(size))
+    rest = max(16, next_power_of_2(size - whole // 2)) if size > whole // 2 else whole
+    if whole // 2 + rest < whole:
+        return Part(0, whole // 2, size), Part(whole // 2, rest, size)
+    return (Part(0, whole, size),)
+
+
+def next_power_of_2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+# -------------------------------------------------------------------------------------------------- in and out of memory
+
+
+class Rows(NamedTuple):
+    """The rows that a program holds: row index, token, head in the group, and whether it exists."""
+
+    token: Array
+    head: Array
+    live: Array
+
+
+def rows_from(start: Any, count: int, group: int, num_tokens: int) -> Rows:
+    row = start + lax.iota(jnp.int32, count)
+    return Rows(row // group, row % group, row < num_tokens * group)
+
+
+def load_parts(ref: Any, index: tuple[Array, ...], parts: tuple[Part, ...], live: Array | None = None) -> tuple[Array, ...]:
+    """`ref[*index, columns]` for each part, `[rows, width]`; rows that are not `live` and columns past the head are 0."""
+    return tuple(_load_part(ref, index, part, live) for part in parts)
+
+
+def _load_part(ref: Any, index: tuple[Array, ...], part: Part, live: Array | None) -> Array:
+    where, mask = _address(index, part, live)
+    if mask is None:
+        return pltriton.load(ref.at[where])
+    return pltriton.load(ref.at[where], mask=mask, other=0.0)
+
+
+def store_parts(
+    ref: Any, index: tuple[Array, ...], parts: tuple[Part, ...], values: tuple[Array, ...], live: Array | None = None
+) -> None:
+    for part, value in zip(parts, values, strict=True):
+        where, mask = _address(index, part, live)
+        pltriton.store(ref.at[where], value.astype(ref.dtype), mask=mask)
+
+
+def _address(index: tuple[Array, ...], part: Part, live: Array | None) -> tuple[tuple[Array, ...], Array | None]:
+    column = part.start + lax.iota(jnp.int32, part.width)
+    shape = (index[0].shape[0], part.width)
+    where = (*(jnp.broadcast_to(i[:, None], shape) for i in index), jnp.broadcast_to(column[None, :], shape))
+    masks = []
+    if live is not None:
+        masks.append(jnp.broadcast_to(live[:, None], shape))
+    if part.masked:
+        masks.append(jnp.broadcast_to((column < part.size)[None, :], shape))
+    return where, functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def load_rows(ref: Any, index: tuple[Array, ...], live: Array | None = None) -> Array:
+    """`ref[*index]`, one number a row, 0 where not `live`."""
+    if live is None:
+        return pltriton.load(ref.at[index])
+    return pltriton.load(ref.at[index], mask=live, other=0)
+
+
+def store_rows(ref: Any, index: tuple[Array, ...], values: Array, live: Array | None = None) -> None:
+    pltriton.store(ref.at[index], values.astype(ref.dtype), mask=live)
+
+
+# ----------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def dot(a: Array, b: Array) -> Array:
+    """`a @ b` in float32; float32 operands are never rounded to TF32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def dot_parts(a: tuple[Array, ...], b: tuple[Array, ...]) -> Array:
+    """`a @ b.T` summed over the parts of a head."""
+    return functools.reduce(jnp.add, [dot(x, y.T) for x, y in zip(a, b, strict=True)])
+
+
+class Softmax(NamedTuple):
+    """A softmax-weighted sum of values, as far as its keys have been read."""
+
+    highest: Array  # [rows]
+    total: Array  # [rows]
+    sums: tuple[Array, ...]  # [rows, width] for each part
+
+
+def softmax_start(rows: int, parts: tuple[Part, ...]) -> Softmax:
+    return Softmax(
+        jnp.full((rows,), MASKED, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        tuple(jnp.zeros((rows, part.width), jnp.float32) for part in parts),
+    )
+
+
+def softmax_step(state: Softmax, scores: Array, values: tuple[Array, ...], visible: Array | None) -> Softmax:
+    """Read a tile of keys: `scores` `[rows, keys]` in base 2, `values` `[keys, width]` for each part."""
+    if visible is not None:
+        scores = jnp.where(visible, scores, MASKED)
+    highest = jnp.maximum(state.highest, jnp.max(scores, axis=1))
+    weights = jnp.exp2(scores - highest[:, None])
+    if visible is not None:
+        weights = jnp.where(visible, weights, 0.0)
+    shrink = jnp.exp2(state.highest - highest)
+    sums = tuple(
+        total * shrink[:, None] + dot(weights.astype(value.dtype), value)
+        for total, value in zip(state.sums, values, strict=True)
+    )
+    return Softmax(highest, state.total * shrink + jnp.sum(weights, axis=1), sums)
+
+
+def softmax_end(state: Softmax) -> tuple[tuple[Array, ...], Array]:
+    """The output of each part, and the log-sum-exp in base 2; both 0 in a row that saw no key."""
+    none = state.total == 0.0
+    total = jnp.where(none, 1.0, state.total)
+    outs = tuple(part / total[:, None] for part in state.sums)
+    return outs, jnp.where(none, 0.0, state.highest + jnp.log2(total))
+
+
+def over_tiles(first: Any, inner: Any, outer: Any, last: Any, step: Callable[..., Any], state: Any) -> Any:
+    """`step(tile, state, masked)` for tiles `first .. last - 1`, those of `inner .. outer - 1` without masks."""
+    inner = jnp.clip(inner, first, last)
+    outer = jnp.clip(outer, inner, last)
+    state = lax.fori_loop(first, inner, functools.partial(_swap, step, True), state)
+    state = lax.fori_loop(inner, outer, functools.partial(_swap, step, False), state)
+    return lax.fori_loop(outer, last, functools.partial(_swap, step, True), state)
+
+
+def _swap(step: Callable[..., Any], masked: bool, tile: Any, state: Any) -> Any:
+    return step(tile, state, masked)
+
+
+def ceil_div(value: Any, by: int) -> Any:
+    return (value + by - 1) // by
+
+
+# --------------------------------------------------------------------------------------------------------------- calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Triton's options of a call."""
+
+    tile: Tile
+    interpret: bool
+
+    def __call__(self, kernel: Callable[..., None], name: str, **arguments: Any) -> Callable[..., Any]:
+        # Without explicit Triton parameters, JAX 0.10 lowers to another backend.
+        params = pltriton.CompilerParams(num_warps=self.tile.warps, num_stages=self.tile.stages)
+        return pl.pallas_call(kernel, name=name, compiler_params=params, interpret=self.interpret, **arguments)
+
+
+def whole(array: jax.ShapeDtypeStruct | Array, *, head_axis: int | None) -> pl.BlockSpec:
+    """All of a sequence, and of a key/value head if there is an axis of them: grid axes are (tile, head, sequence)."""
+    shape: list[int | None] = [None, *array.shape[1:]]
+    if head_axis is not None:
+        shape[head_axis] = None
+
+    def index(tile: Any, head: Any, sequence: Any) -> tuple[Any, ...]:
+        places = [0] * len(shape)
+        places[0] = sequence
+        if head_axis is not None:
+            places[head_axis] = head
+        return tuple(places)
+
+    return pl.BlockSpec(tuple(shape), index)

@@ -1,0 +1,317 @@
+"""Attention in which each query reads one contiguous range of keys: the window and the compressed branch are both that.
+
+    query t reads keys low[t] .. high[t] - 1, and neither bound ever decreases along t
+
+so a tile of rows reads the keys between its first row's `low` and its last row's `high`, and needs no mask between its last
+row's `low` and its first row's `high`. Positions, packing and visibility are all in the two arrays.
+
+Forward and dq: a program holds a tile of rows and passes over tiles of keys; grid (tile of rows, key/value head, sequence),
+the longest rows first. dk and dv: a program holds a tile of keys and passes over the rows that read it; grid (tile of
+keys and slice of its rows, key/value head, sequence); slices are summed in their order. Products in dk and dv are formed
+transposed, `[keys, rows]`, which is how the tensor cores want them next.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import flash
+from pallas_kernels.flash import Launch, Part, Ranges
+
+Grouped = Float[Array, "B T K G H"]  # queries, outputs and their gradients, by key/value head
+RowValues = Float[Array, "B T K G"]  # one number for each token and head
+
+
+class QuerySide(NamedTuple):
+    """What a backward kernel reads for each row."""
+
+    query: Grouped
+    dout: Float[Array, "B T K G V"]  # gradient of the gated sum
+    gate: RowValues
+    lse: RowValues
+    delta: RowValues  # dout . o, which is the gate's gradient
+
+
+# --------------------------------------------------------------------------------------------------------------- forward
+
+
+def forward(
+    query: Grouped,
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    ranges: Ranges,
+    *,
+    scale: float,
+    holes: bool,
+    launch: Launch,
+    name: str,
+) -> tuple[Float[Array, "B T K G V"], RowValues]:
+    """Outputs and log-sum-exps (base 2, of scaled scores); both 0 for a query that reads nothing.
+
+    Args:
+        holes: whether there may be keys between a tile's first and last that none of its rows reads. They may hold NaN.
+    """
+    batch, length, kv_heads, group, _ = query.shape
+    out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), value.dtype)
+    lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)
+    kernel = functools.partial(_forward_kernel, tile=launch.tile, scale=scale, holes=holes)
+    inputs = (*ranges, query, key, value)
+    return launch(
+        kernel,
+        name,
+        grid=(pl.cdiv(length * group, launch.tile.rows), kv_heads, batch),
+        in_specs=_specs(inputs),
+        out_specs=_specs((out, lse)),
+        out_shape=(out, lse),
+    )(*inputs)
+
+
+def _forward_kernel(
+    low_ref: Any, high_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, lse_ref: Any, *, tile, scale, holes
+) -> None:
+    rows, bounds = _tile_of_rows(low_ref, high_ref, q_ref, tile)
+    where = (rows.token, rows.head)
+    q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
+    query = flash.load_parts(q_ref, where, q_parts, rows.live)
+
+    def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
+        key_index = bounds.start(j) + lax.iota(jnp.int32, tile.keys)
+        visible = bounds.visible(key_index) if masked else None
+        readable = bounds.readable(key_index, visible, holes) if masked else None
+        key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
+        value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
+        return flash.softmax_step(state, flash.dot_parts(query, key) * (scale * flash.LOG2E), value, visible)
+
+    state = flash.softmax_start(tile.rows, v_parts)
+    state = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.count, step, state)
+    outs, lse = flash.softmax_end(state)
+    flash.store_parts(o_ref, where, v_parts, outs, rows.live)
+    flash.store_rows(lse_ref, where, lse, rows.live)
+
+
+# -------------------------------------------------------------------------------------------------------------- backward
+
+
+def query_gradient(
+    rows: QuerySide,
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    ranges: Ranges,
+    added: Float[Array, "B T K G H"] | None,
+    *,
+    dtype: Any,
+    scale: float,
+    holes: bool,
+    launch: Launch,
+    name: str,
+) -> Float[Array, "B T K G H"]:
+    """dq of this branch, plus `added` (float32), in `dtype`."""
+    batch, length, kv_heads, group, _ = rows.query.shape
+    dq = jax.ShapeDtypeStruct(rows.query.shape, dtype)
+    kernel = functools.partial(_dq_kernel, tile=launch.tile, scale=scale, holes=holes, adds=added is not None)
+    inputs = (*ranges, *rows, key, value, *(() if added is None else (added,)))
+    return launch(
+        kernel,
+        name,
+        grid=(pl.cdiv(length * group, launch.tile.rows), kv_heads, batch),
+        in_specs=_specs(inputs),
+        out_specs=_specs(dq),
+        out_shape=dq,
+        input_output_aliases={len(inputs) - 1: 0} if added is not None and dtype == added.dtype else {},
+    )(*inputs)
+
+
+def _dq_kernel(low_ref: Any, high_ref: Any, *refs: Any, tile, scale, holes, adds) -> None:
+    q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref = refs[:7]
+    dq_ref = refs[-1]
+    rows, bounds = _tile_of_rows(low_ref, high_ref, q_ref, tile)
+    where = (rows.token, rows.head)
+    q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
+    query = flash.load_parts(q_ref, where, q_parts, rows.live)
+    dout = flash.load_parts(dout_ref, where, v_parts, rows.live)
+    gate, lse, delta = (flash.load_rows(ref, where, rows.live) for ref in (gate_ref, lse_ref, delta_ref))
+
+    def step(j: Any, sums: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
+        key_index = bounds.start(j) + lax.iota(jnp.int32, tile.keys)
+        visible = bounds.visible(key_index) if masked else None
+        readable = bounds.readable(key_index, visible, holes) if masked else None
+        key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
+        value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
+        weights = jnp.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
+        if masked:
+            weights = jnp.where(visible, weights, 0.0)
+        dscores = weights * (flash.dot_parts(dout, value) - delta[:, None])
+        return tuple(total + flash.dot(dscores.astype(part.dtype), part) for total, part in zip(sums, key, strict=True))
+
+    sums = tuple(jnp.zeros((tile.rows, part.width), jnp.float32) for part in q_parts)
+    sums = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.count, step, sums)
+    dq = tuple(total * (gate * scale)[:, None] for total in sums)
+    if adds:
+        dq = tuple(x + y for x, y in zip(dq, flash.load_parts(refs[7], where, q_parts, rows.live), strict=True))
+    flash.store_parts(dq_ref, where, q_parts, dq, rows.live)
+
+
+def key_value_gradients(
+    rows: QuerySide,
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    ranges: Ranges,
+    *,
+    scale: float,
+    slices: int,
+    launch: Launch,
+    name: str,
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
+    """dk and dv; 0 for a key that no query reads."""
+    batch, length, kv_heads, _ = key.shape
+    num_tiles = pl.cdiv(length, launch.tile.keys)
+    readers = _readers(ranges, length, num_tiles, launch.tile.keys)
+    dtype = key.dtype if slices == 1 else jnp.float32
+    outs = tuple(jax.ShapeDtypeStruct((slices, *array.shape), dtype) for array in (key, value))
+    kernel = functools.partial(_dkv_kernel, tile=launch.tile, scale=scale, slices=slices)
+    inputs = (readers, *ranges, *rows, key, value)
+
+    def out_spec(array: jax.ShapeDtypeStruct) -> pl.BlockSpec:
+        shape = (None, None, length, None, array.shape[-1])
+        return pl.BlockSpec(shape, lambda tile, head, sequence: (tile % slices, sequence, 0, head, 0))
+
+    dk, dv = launch(
+        kernel,
+        name,
+        grid=(num_tiles * slices, kv_heads, batch),
+        in_specs=[flash.whole(readers, head_axis=None), *_specs(inputs[1:])],
+        out_specs=tuple(out_spec(out) for out in outs),
+        out_shape=outs,
+    )(*inputs)
+    if slices == 1:
+        return dk[0], dv[0]
+    return dk.sum(axis=0).astype(key.dtype), dv.sum(axis=0).astype(value.dtype)
+
+
+def _readers(ranges: Ranges, length: int, num_tiles: int, keys: int) -> Int32[Array, "B tiles 4"]:
+    """For each tile of keys: the first query that reads any of it, the first that reads all, the ends of both."""
+    begin = jnp.arange(num_tiles, dtype=jnp.int32) * keys
+    end = jnp.minimum(begin + keys, length)
+
+    def one_sequence(low: Array, high: Array) -> Array:
+        search = functools.partial(jnp.searchsorted, method="scan_unrolled")
+        places = (
+            search(high, begin, side="right"),
+            search(high, end, side="left"),
+            search(low, begin, side="right"),
+            search(low, end, side="left"),
+        )
+        return jnp.stack(places, axis=-1).astype(jnp.int32)
+
+    return jax.vmap(one_sequence)(*ranges)
+
+
+def _dkv_kernel(readers_ref: Any, low_ref: Any, high_ref: Any, *refs: Any, tile, scale, slices) -> None:
+    q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref, dk_ref, dv_ref = refs
+    q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
+    length, group = k_ref.shape[0], q_ref.shape[1]
+    key_tile, part = pl.program_id(0) // slices, pl.program_id(0) % slices
+    key_index = key_tile * tile.keys + lax.iota(jnp.int32, tile.keys)
+    exists = key_index < length
+    # First row that reads any key of the tile, that reads all; the ends of both.
+    begin, inner, outer, end = (readers_ref[key_tile, i] * group for i in range(4))
+    read = end > begin
+    key = flash.load_parts(k_ref, (key_index,), q_parts, exists & read)
+    value = flash.load_parts(v_ref, (key_index,), v_parts, exists & read)
+
+    def step(i: Any, sums: Any, masked: bool) -> Any:
+        rows = flash.rows_from(begin + i * tile.rows, tile.rows, group, q_ref.shape[0])
+        where, live = (rows.token, rows.head), rows.live if masked else None
+        query = flash.load_parts(q_ref, where, q_parts, live)
+        dout = flash.load_parts(dout_ref, where, v_parts, live)
+        gate, lse, delta = (flash.load_rows(ref, where, live) for ref in (gate_ref, lse_ref, delta_ref))
+        # [keys, rows]
+        weights = jnp.exp2(flash.dot_parts(key, query) * (scale * flash.LOG2E) - lse[None, :]) * gate[None, :]
+        if masked:
+            low, high = (flash.load_rows(ref, (rows.token,), live) for ref in (low_ref, high_ref))
+            visible = (low[None, :] <= key_index[:, None]) & (key_index[:, None] < high[None, :]) & rows.live[None, :]
+            weights = jnp.where(visible, weights, 0.0)
+        dscores = weights * (flash.dot_parts(value, dout) - delta[None, :])
+        if masked:
+            # A key that no row reads may hold anything, and 0 * NaN is NaN.
+            dscores = jnp.where(visible, dscores, 0.0)
+        dk, dv = sums
+        dk = tuple(total + flash.dot(dscores.astype(x.dtype), x) for total, x in zip(dk, query, strict=True))
+        dv = tuple(total + flash.dot(weights.astype(x.dtype), x) for total, x in zip(dv, dout, strict=True))
+        return dk, dv
+
+    count = flash.ceil_div(jnp.maximum(end - begin, 0), tile.rows)
+    share = flash.ceil_div(count, slices)
+    first, last = part * share, jnp.minimum((part + 1) * share, count)
+    sums = tuple(
+        tuple(jnp.zeros((tile.keys, part.width), jnp.float32) for part in parts) for parts in (q_parts, v_parts)
+    )
+    inner, outer = flash.ceil_div(inner - begin, tile.rows), (outer - begin) // tile.rows
+    dk, dv = flash.over_tiles(first, inner, outer, jnp.maximum(first, last), step, sums)
+    flash.store_parts(dk_ref, (key_index,), q_parts, tuple(x * scale for x in dk), exists)
+    flash.store_parts(dv_ref, (key_index,), v_parts, dv, exists)
+
+
+# --------------------------------------------------------------------------------------------------------------- helpers
+
+
+class _Bounds(NamedTuple):
+    """The keys of a tile of rows: tiles of keys start at `first`; `inner .. outer - 1` of `count` need no mask."""
+
+    low: Array  # [rows]
+    high: Array  # [rows]
+    first: Array
+    last: Array
+    inner: Array
+    outer: Array
+    count: Array
+    keys: int
+
+    def start(self, tile: Any) -> Array:
+        return self.first + tile * self.keys
+
+    def visible(self, key_index: Array) -> Array:
+        return (self.low[:, None] <= key_index[None, :]) & (key_index[None, :] < self.high[:, None])
+
+    def readable(self, key_index: Array, visible: Array, holes: bool) -> Array:
+        """Keys that may be loaded: a key that no row reads may hold anything, and 0 * NaN is NaN."""
+        readable = key_index < self.last
+        if holes:
+            readable &= jnp.max(visible.astype(jnp.int32), axis=0) > 0
+        return readable
+
+
+def _tile_of_rows(low_ref: Any, high_ref: Any, q_ref: Any, tile: flash.Tile) -> tuple[flash.Rows, _Bounds]:
+    num_tokens, group = q_ref.shape[:2]
+    # The longest rows first: the last programs to start are the shortest.
+    start = (pl.num_programs(0) - 1 - pl.program_id(0)) * tile.rows
+    rows = flash.rows_from(start, tile.rows, group, num_tokens)
+    low = flash.load_rows(low_ref, (rows.token,), rows.live)
+    high = flash.load_rows(high_ref, (rows.token,), rows.live)
+    first_token, last_token = start // group, jnp.minimum((start + tile.rows - 1) // group, num_tokens - 1)
+    first, last = low_ref[first_token], high_ref[last_token]
+    inner, outer = low_ref[last_token], high_ref[first_token]
+    bounds = _Bounds(
+        low,
+        high,
+        first,
+        last,
+        inner=flash.ceil_div(inner - first, tile.keys),
+        outer=(outer - first) // tile.keys,
+        count=flash.ceil_div(jnp.maximum(last - first, 0), tile.keys),
+        keys=tile.keys,
+    )
+    return rows, bounds
+
+
+def _specs(arrays: Any) -> Any:
+    """Whole sequences; of arrays with an axis of key/value heads, one head."""
+    return jax.tree.map(lambda array: flash.whole(array, head_axis=2 if array.ndim > 2 else None), arrays)
+
+
+__all__ = ["Grouped", "Part", "QuerySide", "RowValues", "forward", "key_value_gradients", "query_gradient"]
