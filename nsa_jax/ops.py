@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+import pallas_kernels
 from nsa_jax import reference
 from nsa_jax.config import NSAConfig, check_attention_inputs, check_inputs
 from nsa_jax.shapes import Blocks, CompressedKey, Gates, KeyValue, Out, Position, Query, SegmentIds
@@ -17,46 +18,55 @@ ImplementationName = Literal["xla", "pallas", "pallas_interpret"]
 
 
 class Implementation(NamedTuple):
-    """One way to compute NSA; signatures as in `reference.py`.
+    """One way to compute NSA; signatures as in `reference.py`, but `attend` chooses the blocks itself if they are None.
 
-    `decode_step` is `attend` on the blocks of `select_blocks`, for one query a sequence and no gradient.
+    The names of `SAVED_NAMES` are attached inside `attend`, where the backward pass finds them.
     """
 
     select_blocks: Callable[..., Blocks]
     attend: Callable[..., Out]
-    decode_step: Callable[..., Out]
 
 
-def _decode_step_xla(
+# Compiled as a whole, so that a call outside of any jit does not compile operation by operation.
+_select_blocks_xla = jax.jit(reference.select_blocks, static_argnames=("config", "num_keys", "scale"), inline=True)
+_attend_given_blocks_xla = jax.jit(reference.attend, static_argnames=("config", "scale"), inline=True)
+_canonical_blocks = jax.jit(reference.canonical_blocks, static_argnames=("config", "num_keys"), inline=True)
+
+_STATIC = ("config", "scale", "interpret")
+_select_blocks_pallas = jax.jit(pallas_kernels.select_blocks, static_argnames=(*_STATIC, "num_keys"), inline=True)
+_attend_pallas = jax.jit(pallas_kernels.attend, static_argnames=_STATIC, inline=True)
+
+
+def _attend_xla(
     query: Query,
     compressed: KeyValue,
     selected: KeyValue,
     window: KeyValue,
     gates: Gates,
+    blocks: Blocks | None,
     *,
-    config: NSAConfig,
-    scale: float,
-    query_start: Position,
     window_start: Position,
+    **where: Any,
 ) -> Out:
-    where: dict[str, Any] = dict(config=config, scale=scale, query_start=query_start, segment_ids=None)
-    blocks = _select_blocks_xla(query, compressed.key, num_keys=selected.key.shape[1], **where)
-    return _attend_xla(query, compressed, selected, window, gates, blocks, window_start=window_start, **where)
+    if blocks is None:
+        blocks = _select_blocks_xla(query, compressed.key, num_keys=selected.key.shape[1], **where)
+    blocks = checkpoint_name(blocks, "nsa_blocks")
+    out = _attend_given_blocks_xla(
+        query, compressed, selected, window, gates, blocks, window_start=window_start, **where
+    )
+    return checkpoint_name(out, "nsa_out")
 
-
-# Compiled as a whole, so that a call outside of any jit does not compile operation by operation.
-_select_blocks_xla = jax.jit(reference.select_blocks, static_argnames=("config", "num_keys", "scale"), inline=True)
-_attend_xla = jax.jit(reference.attend, static_argnames=("config", "scale"), inline=True)
-
-_canonical_blocks = jax.jit(reference.canonical_blocks, static_argnames=("config", "num_keys"), inline=True)
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": Implementation(_select_blocks_xla, _attend_xla, _decode_step_xla),
+    "xla": Implementation(_select_blocks_xla, _attend_xla),
+    "pallas": Implementation(_select_blocks_pallas, _attend_pallas),
+    "pallas_interpret": Implementation(
+        functools.partial(_select_blocks_pallas, interpret=True), functools.partial(_attend_pallas, interpret=True)
+    ),
 }
-_PLANNED = ("pallas", "pallas_interpret")
 
-# The branches' names are for implementations that save their outputs and log-sum-exps apart; "xla" has `nsa_out` alone.
-# Under this policy a rematerialised layer keeps what attention computed, so that its forward pass does not run twice.
+# "xla" has one output, "nsa_out", and no log-sum-exps. Under this policy a rematerialised layer keeps what attention
+# computed, so that its forward pass does not run twice.
 SAVED_NAMES = (
     "nsa_blocks",
     "nsa_out",
@@ -141,20 +151,28 @@ def nsa_attention(
         selected_blocks=selected_blocks,
     )
     _check_non_decreasing(segment_ids)
-    chosen = _implementation(implementation)
-    where: dict[str, Any] = dict(
-        config=config, scale=_scale(scale, query), query_start=query_start, segment_ids=segment_ids
+    num_keys, scale = selected.key.shape[1], _scale(scale, query)
+    chosen = _implementation(
+        implementation, query, config=config, num_keys=num_keys, value_size=selected.value.shape[3], scale=scale
     )
-    num_keys = selected.key.shape[1]
-    if selected_blocks is None:
-        blocks = chosen.select_blocks(query, compressed.key, num_keys=num_keys, **where)
-    else:
+    blocks = selected_blocks
+    if blocks is not None:
         blocks = _canonical_blocks(
-            selected_blocks, config=config, num_keys=num_keys, query_start=query_start, segment_ids=segment_ids
+            blocks, config=config, num_keys=num_keys, query_start=query_start, segment_ids=segment_ids
         )
-    blocks = checkpoint_name(blocks, "nsa_blocks")
-    out = chosen.attend(query, compressed, selected, window, gates, blocks, window_start=window_start, **where)
-    return checkpoint_name(out, "nsa_out")
+    return chosen.attend(
+        query,
+        compressed,
+        selected,
+        window,
+        gates,
+        blocks,
+        config=config,
+        scale=scale,
+        query_start=query_start,
+        window_start=window_start,
+        segment_ids=segment_ids,
+    )
 
 
 def select_blocks(
@@ -208,12 +226,16 @@ def select_blocks(
         segment_ids=segment_ids,
     )
     _check_non_decreasing(segment_ids)
-    return _implementation(implementation).select_blocks(
+    scale = _scale(scale, query)
+    chosen = _implementation(
+        implementation, query, config=config, num_keys=num_keys, value_size=query.shape[3], scale=scale
+    )
+    return chosen.select_blocks(
         query,
         compressed_key,
         config=config,
         num_keys=num_keys,
-        scale=_scale(scale, query),
+        scale=scale,
         query_start=query_start,
         segment_ids=segment_ids,
     )
@@ -233,7 +255,9 @@ def decode_step(
     implementation: ImplementationName | None = None,
 ) -> Out:
     """`nsa_attention` for one query a sequence against a cache, without gradient; arguments as there. T is 1."""
-    check_attention_inputs(
+    if query.shape[1] != 1:
+        raise ValueError(f"decode_step reads one query a sequence, but the query's shape is {query.shape}")
+    return nsa_attention(
         query,
         compressed=compressed,
         selected=selected,
@@ -243,21 +267,7 @@ def decode_step(
         scale=scale,
         query_start=query_start,
         window_start=window_start,
-        segment_ids=None,
-        selected_blocks=None,
-    )
-    if query.shape[1] != 1:
-        raise ValueError(f"decode_step reads one query a sequence, but the query's shape is {query.shape}")
-    return _implementation(implementation).decode_step(
-        query,
-        compressed,
-        selected,
-        window,
-        gates,
-        config=config,
-        scale=_scale(scale, query),
-        query_start=query_start,
-        window_start=window_start,
+        implementation=implementation,
     )
 
 
@@ -265,18 +275,23 @@ def _scale(scale: float | None, query: Query) -> float:
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _implementation(name: str | None) -> Implementation:
-    if name is None:
-        if jax.default_backend() == "gpu":
-            _warn_once(f"implementation=None uses 'xla' on {jax.devices()[0].device_kind}: no GPU kernel exists yet")
+def _implementation(
+    name: str | None, query: Query, *, config: NSAConfig, num_keys: int, value_size: int, scale: float
+) -> Implementation:
+    """The named implementation, or the best for this device and problem; NotImplementedError if the named one cannot."""
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r} is unknown: choose from {[*IMPLEMENTATIONS]} or None")
+    if name == "xla" or (name is None and jax.default_backend() != "gpu"):
         return IMPLEMENTATIONS["xla"]
-    if name in _PLANNED:
-        raise NotImplementedError(
-            f"implementation={name!r} does not exist yet (device: {jax.devices()[0].device_kind}); use 'xla' or None"
-        )
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r} is unknown: choose from {[*IMPLEMENTATIONS, *_PLANNED]} or None")
-    return IMPLEMENTATIONS[name]
+    reason = pallas_kernels.why_not(query, config=config, num_keys=num_keys, value_size=value_size, scale=scale)
+    if name != "pallas_interpret":
+        reason = pallas_kernels.why_not_here() or reason
+    if reason is None:
+        return IMPLEMENTATIONS[name or "pallas"]
+    if name is None:
+        _warn_once(f"implementation=None uses 'xla', which is much slower on a GPU: {reason}")
+        return IMPLEMENTATIONS["xla"]
+    raise NotImplementedError(f"implementation={name!r}: {reason}; use 'xla' or None")
 
 
 @functools.cache

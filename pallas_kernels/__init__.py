@@ -1,4 +1,23 @@
-"""Speed: the GPU kernels of Native Sparse Attention. Imports jax and jaxtyping, never `nsa_jax`.
+"""Speed: Native Sparse Attention in Pallas kernels for NVIDIA GPUs. Imports jax and jaxtyping, never `nsa_jax`.
 
-There is no kernel here yet; `nsa_jax.nsa_attention(implementation="pallas")` says so with a `NotImplementedError`.
+    attend.py                the three branches, their gated sum and its gradient: the one `custom_vjp`
+    positions.py             visibility: which keys each query may read, as arrays
+    range_attention.py       kernels of branches in which a query reads one range of keys:
+      window_attention.py      the last w tokens
+      compressed_attention.py  the compressed tokens that are complete
+    block_selection.py       importance of blocks and the choice of n
+    selected_attention.py    kernels that read the chosen blocks
+    flash.py                 what the kernels share
+    tiles.py                 speed knobs
 """
+
+import warnings
+
+from pallas_kernels.attend import attend, select_blocks
+from pallas_kernels.support import why_not, why_not_here
+
+# JAX announces at every lowering that it means to drop this backend. That concerns this package (its bound on jax), not its
+# users, and nothing of theirs goes by this name.
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+
+__all__ = ["attend", "select_blocks", "why_not", "why_not_here"]

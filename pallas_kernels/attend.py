@@ -27,7 +27,7 @@ from pallas_kernels.positions import (
     window_ranges,
 )
 from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.tiles import Tiles, tiles_for
 
 
 class Static(NamedTuple):
@@ -96,8 +96,8 @@ def attend(
 ) -> Float[Array, "B T N V"]:
     """The gated sum of the three branches (eq. 5); the blocks are chosen here if not given. Shapes as in `nsa_attention`."""
     batch, length, num_heads, _ = query.shape
-    num_keys, kv_heads = selected[0].shape[1:3]
-    static = Static(config, scale, tiles or Tiles(), segment_ids is not None, interpret)
+    num_keys, kv_heads, value_size = selected[1].shape[1:]
+    static = Static(config, scale, tiles or tiles_for(query, kv_heads, value_size), segment_ids is not None, interpret)
     where = positions(query_start, segment_ids, batch=batch, num_queries=length, num_keys=num_keys)
     places = Places(
         compressed_ranges(where, config=config),
@@ -223,6 +223,7 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
         places.tokens,
         config=config,
         scale=scale,
+        holes=static.holes,
         launch=static.launch("selected_dkv"),
         sum_launch=static.launch("selected_sum"),
     )
@@ -249,12 +250,13 @@ def select_blocks(
     interpret: bool = False,
 ) -> Int32[Array, "B T K A"]:
     """Blocks that each query reads; see `nsa_jax.select_blocks`."""
-    batch, length = query.shape[:2]
-    static = Static(config, scale, tiles or Tiles(), segment_ids is not None, interpret)
+    batch, length, _, size = query.shape
+    kv_heads = compressed_key.shape[2]
+    static = Static(config, scale, tiles or tiles_for(query, kv_heads, size), segment_ids is not None, interpret)
     where = positions(query_start, segment_ids, batch=batch, num_queries=length, num_keys=num_keys)
     visible = compressed_ranges(where, config=config)
     candidates = candidate_blocks(where, config=config)
-    query, key = jax.lax.stop_gradient((_grouped(query, compressed_key.shape[2]), compressed_key))
+    query, key = jax.lax.stop_gradient((_grouped(query, kv_heads), compressed_key))
     if key.shape[1]:
         _, lse = compressed_attention.compressed_forward(
             query, key, key, visible, scale=scale, holes=static.holes, launch=static.launch("compressed_forward")

@@ -32,7 +32,8 @@ from pallas_kernels.positions import BlockRanges
 from pallas_kernels.range_attention import Grouped, RowValues
 
 MAX_SCRATCH = 240 * 2**20
-MAX_BLOCKS = 2**17
+MAX_BLOCKS = 2**16  # a program holds a row of scores
+MAX_SELECTED = 1024
 NO_BLOCK = -1
 FORCED = 0x7F800000  # the bits of infinity
 UNROLLED = 8
@@ -60,8 +61,6 @@ def select(
         num_blocks: M.
     """
     batch, length, kv_heads, group, size = query.shape
-    if num_blocks > MAX_BLOCKS:
-        raise NotImplementedError(f"{num_blocks} selection blocks: the kernel holds a row of at most {MAX_BLOCKS}")
     units = config.select_block // config.compress_stride
     shared = config.compress_block // config.compress_stride
     # [B, C, K, H] -> [B, b, M, K, H]: token i = j*b + r at [r, j].
@@ -133,11 +132,11 @@ def _scores_kernel(
     units, num_blocks, _ = k_ref.shape
     parts = flash.head_parts(size)
     padded = flash.next_power_of_2(group)
-    row = lax.iota(jnp.int32, per_tile * padded)
+    in_tile, head = flash.divide(lax.iota(jnp.int32, per_tile * padded), padded)
     # The longest rows first.
     in_chunk = (pl.num_programs(0) - 1 - pl.program_id(0)) * per_tile
     begin = start_ref[0] + in_chunk
-    token, head = begin + row // padded, row % padded
+    token = begin + in_tile
     live = (token < num_tokens) & (head < group)
     query = flash.load_parts(q_ref, (token, head), parts, live)
     lse = flash.load_rows(lse_ref, (token, head), live)
@@ -180,11 +179,11 @@ def _scores_kernel(
 
     last_token = jnp.minimum(begin + per_tile, num_tokens) - 1
     first_token = jnp.minimum(begin, last_token)
-    in_tile = units * tile.keys
+    keys = units * tile.keys
     flash.over_tiles(
         first_ref[first_token] // tile.keys,
-        flash.ceil_div(low_ref[last_token], in_tile),
-        high_ref[first_token] // in_tile,
+        flash.ceil_div(low_ref[last_token], keys),
+        high_ref[first_token] // keys,
         own_ref[last_token] // tile.keys + 1,
         step,
         jnp.int32(0),
@@ -224,7 +223,7 @@ def _choice_kernel(start_ref: Any, first_ref: Any, own_ref: Any, *refs: Any, row
     above = (order > threshold).astype(jnp.int32)
     equal = (order == threshold).astype(jnp.int32)
     room = slots - jnp.sum(above, axis=1)[:, None]
-    # Two running counts in one: at most 64 are above, and rows are shorter than 2 ** 20.
+    # Two running counts in one: at most MAX_SELECTED are above, and rows are shorter than 2 ** 20.
     running = jnp.cumsum(above * 2**20 + equal, axis=1)
     above_so_far, equal_so_far = running >> 20, running & (2**20 - 1)
     chosen = (above == 1) | ((equal == 1) & (equal_so_far <= room))

@@ -108,7 +108,7 @@ class Rows(NamedTuple):
 
 def rows_from(start: Any, count: int, group: int, num_tokens: int) -> Rows:
     row = start + lax.iota(jnp.int32, count)
-    return Rows(row // group, row % group, row < num_tokens * group)
+    return Rows(*divide(row, group), row < num_tokens * group)
 
 
 def load_parts(ref: Any, index: tuple[Array, ...], parts: tuple[Part, ...], live: Array | None = None) -> tuple[Array, ...]:
@@ -171,7 +171,7 @@ def dot_parts(a: tuple[Array, ...], b: tuple[Array, ...]) -> Array:
 class Softmax(NamedTuple):
     """A softmax-weighted sum of values, as far as its keys have been read."""
 
-    highest: Array  # [rows]
+    highest: Array  # [rows]: of the products q.k, not scaled
     total: Array  # [rows]
     sums: tuple[Array, ...]  # [rows, width] for each part
 
@@ -184,15 +184,19 @@ def softmax_start(rows: int, parts: tuple[Part, ...]) -> Softmax:
     )
 
 
-def softmax_step(state: Softmax, scores: Array, values: tuple[Array, ...], visible: Array | None) -> Softmax:
-    """Read a tile of keys: `scores` `[rows, keys]` in base 2, `values` `[keys, width]` for each part."""
+def softmax_step(
+    state: Softmax, products: Array, scale: float, values: tuple[Array, ...], visible: Array | None
+) -> Softmax:
+    """Read a tile of keys: `products` q.k `[rows, keys]`, `values` `[keys, width]` for each part."""
+    # The products are scaled where the highest is subtracted: one multiply-add a score.
+    scale *= LOG2E
     if visible is not None:
-        scores = jnp.where(visible, scores, MASKED)
-    highest = jnp.maximum(state.highest, jnp.max(scores, axis=1))
-    weights = jnp.exp2(scores - highest[:, None])
+        products = jnp.where(visible, products, MASKED)
+    highest = jnp.maximum(state.highest, jnp.max(products, axis=1))
+    weights = jnp.exp2(products * scale - (highest * scale)[:, None])
     if visible is not None:
         weights = jnp.where(visible, weights, 0.0)
-    shrink = jnp.exp2(state.highest - highest)
+    shrink = jnp.exp2((state.highest - highest) * scale)
     sums = tuple(
         total * shrink[:, None] + dot(weights.astype(value.dtype), value)
         for total, value in zip(state.sums, values, strict=True)
@@ -200,12 +204,12 @@ def softmax_step(state: Softmax, scores: Array, values: tuple[Array, ...], visib
     return Softmax(highest, state.total * shrink + jnp.sum(weights, axis=1), sums)
 
 
-def softmax_end(state: Softmax) -> tuple[tuple[Array, ...], Array]:
+def softmax_end(state: Softmax, scale: float) -> tuple[tuple[Array, ...], Array]:
     """The output of each part, and the log-sum-exp in base 2; both 0 in a row that saw no key."""
     none = state.total == 0.0
     total = jnp.where(none, 1.0, state.total)
     outs = tuple(part / total[:, None] for part in state.sums)
-    return outs, jnp.where(none, 0.0, state.highest + jnp.log2(total))
+    return outs, jnp.where(none, 0.0, state.highest * (scale * LOG2E) + jnp.log2(total))
 
 
 def over_tiles(first: Any, inner: Any, outer: Any, last: Any, step: Callable[..., Any], state: Any) -> Any:
@@ -219,6 +223,12 @@ def over_tiles(first: Any, inner: Any, outer: Any, last: Any, step: Callable[...
 
 def _swap(step: Callable[..., Any], masked: bool, tile: Any, state: Any) -> Any:
     return step(tile, state, masked)
+
+
+def divide(value: Any, by: int) -> tuple[Any, Any]:
+    """Quotient and remainder of numbers >= 0."""
+    # Triton's lowering takes the constant 1 for a truth value.
+    return (value, jnp.zeros_like(value)) if by == 1 else (value // by, value % by)
 
 
 def ceil_div(value: Any, by: int) -> Any:

@@ -85,11 +85,11 @@ def _forward_kernel(
         readable = bounds.readable(key_index, visible, holes) if masked else None
         key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
-        return flash.softmax_step(state, flash.dot_parts(query, key) * (scale * flash.LOG2E), value, visible)
+        return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible)
 
     state = flash.softmax_start(tile.rows, v_parts)
     state = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.count, step, state)
-    outs, lse = flash.softmax_end(state)
+    outs, lse = flash.softmax_end(state, scale)
     flash.store_parts(o_ref, where, v_parts, outs, rows.live)
     flash.store_rows(lse_ref, where, lse, rows.live)
 
@@ -215,7 +215,7 @@ def _dkv_kernel(readers_ref: Any, low_ref: Any, high_ref: Any, *refs: Any, tile,
     q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref, dk_ref, dv_ref = refs
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     length, group = k_ref.shape[0], q_ref.shape[1]
-    key_tile, part = pl.program_id(0) // slices, pl.program_id(0) % slices
+    key_tile, part = flash.divide(pl.program_id(0), slices)
     key_index = key_tile * tile.keys + lax.iota(jnp.int32, tile.keys)
     exists = key_index < length
     # First row that reads any key of the tile, that reads all; the ends of both.

@@ -82,13 +82,13 @@ def _forward_kernel(
         key_index, visible = reads.keys(j, masked)
         key = flash.load_parts(k_ref, (key_index,), q_parts, visible)
         value = flash.load_parts(v_ref, (key_index,), v_parts, visible)
-        scores = flash.dot_parts(query, key) * (scale * flash.LOG2E)
-        visible = None if visible is None else jnp.broadcast_to(visible[None, :], scores.shape)
-        return flash.softmax_step(state, scores, value, visible)
+        products = flash.dot_parts(query, key)
+        visible = None if visible is None else jnp.broadcast_to(visible[None, :], products.shape)
+        return flash.softmax_step(state, products, scale, value, visible)
 
     reads = _Reads(blocks_ref, low_ref, high_ref, config)
     state = flash.over_tiles(0, reads.inner, reads.outer, reads.count, step, flash.softmax_start(where[0].shape[0], v_parts))
-    outs, lse = flash.softmax_end(state)
+    outs, lse = flash.softmax_end(state, scale)
     flash.store_parts(slc_ref, where, v_parts, outs, live)
     flash.store_rows(lse_ref, where, lse, live)
     g_cmp, g_slc, g_win = (
@@ -169,17 +169,22 @@ def selected_key_value_gradients(
     *,
     config: Config,
     scale: float,
+    holes: bool,
     launch: Launch,
     sum_launch: Launch,
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
-    """dk and dv of the selected branch; 0 for a key that no query reads."""
+    """dk and dv of the selected branch; 0 for a key that no query reads.
+
+    Args:
+        holes: whether queries may begin to read inside a block, as with packed documents.
+    """
     lists = invert(blocks, num_blocks=-(-key.shape[1] // config.select_block))
     pieces = cut(lists)
     num_pieces, held = pieces.block.shape[0], _held_keys(config)
     partials = tuple(
         jax.ShapeDtypeStruct((num_pieces, config.select_block, array.shape[-1]), jnp.float32) for array in (key, value)
     )
-    kernel = functools.partial(_dkv_kernel, tile=launch.tile, scale=scale, config=config, held=held)
+    kernel = functools.partial(_dkv_kernel, tile=launch.tile, scale=scale, config=config, held=held, holes=holes)
     arrays = (*tokens, *rows, key, value)
     # Programs know their sequence and head from the list: the arrays are whole.
     dk, dv = launch(
@@ -187,7 +192,7 @@ def selected_key_value_gradients(
         "nsa_selected_dkv",
         grid=(num_pieces, -(-config.select_block // held)),
         out_shape=partials,
-    )(lists.query, pieces.block, pieces.begin, pieces.end, *arrays)
+    )(lists.query, *pieces[:-1], *arrays)
     return tuple(
         _add_pieces(partial, pieces.ends, array, config=config, held=held, launch=sum_launch)
         for partial, array in ((dk, key), (dv, value))
@@ -207,6 +212,7 @@ class Pieces(NamedTuple):
     block: Int32[Array, "P"]  # index of the list
     begin: Int32[Array, "P"]
     end: Int32[Array, "P"]
+    list_begin: Int32[Array, "P"]
     ends: Int32[Array, "BKM"]  # where each list's pieces end
 
 
@@ -240,19 +246,19 @@ def cut(lists: Lists) -> Pieces:
     before = jnp.where(block > 0, ends[block - 1], 0)
     begin = begins[block] + (piece - before) * PIECE
     end = jnp.minimum(begin + PIECE, lists.ends[block])
-    return Pieces(block, jnp.where(used, begin, 0), jnp.where(used, end, 0), ends)
+    return Pieces(block, jnp.where(used, begin, 0), jnp.where(used, end, 0), begins[block], ends)
 
 
 def _dkv_kernel(
-    list_ref: Any, block_ref: Any, begin_ref: Any, end_ref: Any, *refs: Any, tile, scale, config, held
+    list_ref: Any, block_ref: Any, begin_ref: Any, end_ref: Any, list_begin_ref: Any, *refs: Any, tile, scale, config, held, holes
 ) -> None:
     low_ref, high_ref, q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref, dk_ref, dv_ref = refs
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     num_keys, kv_heads, group = k_ref.shape[1], k_ref.shape[2], q_ref.shape[3]
     num_blocks = -(-num_keys // config.select_block)
     piece = pl.program_id(0)
-    which, begin, end = block_ref[piece], begin_ref[piece], end_ref[piece]
-    block, head, sequence = which % num_blocks, which // num_blocks % kv_heads, which // (num_blocks * kv_heads)
+    which, begin, end, list_begin = (ref[piece] for ref in (block_ref, begin_ref, end_ref, list_begin_ref))
+    block, head, sequence = _place(which, num_blocks, kv_heads)
 
     in_block = pl.program_id(1) * held + lax.iota(jnp.int32, held)
     key_index = block * config.select_block + in_block
@@ -262,30 +268,38 @@ def _dkv_kernel(
     value = flash.load_parts(v_ref, (here, key_index, there), v_parts, exists)
     padded = flash.next_power_of_2(group)
     per_tile = max(1, tile.rows // padded)
-    row = lax.iota(jnp.int32, per_tile * padded)
-    here, there = jnp.full_like(row, sequence), jnp.full_like(row, head)
+    in_list, in_group = flash.divide(lax.iota(jnp.int32, per_tile * padded), padded)
+    here, there = jnp.full_like(in_group, sequence), jnp.full_like(in_group, head)
 
-    def step(i: Any, sums: Any) -> Any:
-        place = begin + i * per_tile + row // padded
-        live = (place < end) & (row % padded < group)
+    def step(i: Any, sums: Any, masked: bool) -> Any:
+        place = begin + i * per_tile + in_list
+        live = in_group < group if padded != group else None
+        if masked:
+            live = (place < end) & (in_group < group)
         token = flash.load_rows(list_ref, (place,), live)
-        where = (here, token, there, row % padded)
+        where = (here, token, there, in_group)
         query = flash.load_parts(q_ref, where, q_parts, live)
         dout = flash.load_parts(dout_ref, where, v_parts, live)
         gate, lse, delta = (flash.load_rows(ref, where, live) for ref in (gate_ref, lse_ref, delta_ref))
-        low, high = (flash.load_rows(ref, (here, token), live) for ref in (low_ref, high_ref))
-        visible = (low[None, :] <= key_index[:, None]) & (key_index[:, None] < high[None, :])
         # [keys, rows]
         weights = jnp.exp2(flash.dot_parts(key, query) * (scale * flash.LOG2E) - lse[None, :]) * gate[None, :]
-        weights = jnp.where(visible, weights, 0.0)
-        dscores = jnp.where(visible, weights * (flash.dot_parts(value, dout) - delta[None, :]), 0.0)
+        dscores = flash.dot_parts(value, dout) - delta[None, :]
+        if masked:
+            low, high = (flash.load_rows(ref, (here, token), live) for ref in (low_ref, high_ref))
+            visible = (low[None, :] <= key_index[:, None]) & (key_index[:, None] < high[None, :])
+            weights = jnp.where(visible, weights, 0.0)
+            dscores = jnp.where(visible, dscores, 0.0)
+        dscores = weights * dscores
         dk, dv = sums
         dk = tuple(total + flash.dot(dscores.astype(x.dtype), x) for total, x in zip(dk, query, strict=True))
         dv = tuple(total + flash.dot(weights.astype(x.dtype), x) for total, x in zip(dv, dout, strict=True))
         return dk, dv
 
     sums = tuple(tuple(jnp.zeros((held, part.width), jnp.float32) for part in parts) for parts in (q_parts, v_parts))
-    dk, dv = lax.fori_loop(0, flash.ceil_div(end - begin, per_tile), step, sums)
+    # Lists ascend, so only the first l' queries of a list can lie inside its block and see a part of it.
+    count, full = flash.ceil_div(end - begin, per_tile), (end - begin) // per_tile
+    inside_block = jnp.where(begin == list_begin, -(-config.select_block // per_tile), 0)
+    dk, dv = flash.over_tiles(0, count if holes else inside_block, full, count, step, sums)
     out, inside = (jnp.full((held,), piece, jnp.int32), in_block), in_block < config.select_block
     flash.store_parts(dk_ref, out, q_parts, tuple(x * scale for x in dk), inside)
     flash.store_parts(dv_ref, out, v_parts, dv, inside)
@@ -315,7 +329,7 @@ def _sum_kernel(partials_ref: Any, ends_ref: Any, out_ref: Any, *, config, held)
     _, num_keys, kv_heads, size = out_ref.shape
     parts, num_blocks = flash.head_parts(size), -(-num_keys // config.select_block)
     which = pl.program_id(0)
-    block, head, sequence = which % num_blocks, which // num_blocks % kv_heads, which // (num_blocks * kv_heads)
+    block, head, sequence = _place(which, num_blocks, kv_heads)
     in_block = pl.program_id(1) * held + lax.iota(jnp.int32, held)
     key_index, inside = block * config.select_block + in_block, in_block < config.select_block
 
@@ -338,6 +352,13 @@ def _held_keys(config: Config) -> int:
     return max(16, min(MAX_KEYS, flash.next_power_of_2(config.select_block)))
 
 
+def _place(which: Any, num_blocks: int, kv_heads: int) -> tuple[Any, Any, Any]:
+    """Block, key/value head and sequence of a list."""
+    which, block = flash.divide(which, num_blocks)
+    sequence, head = flash.divide(which, kv_heads)
+    return block, head, sequence
+
+
 class _Reads:
     """The keys that one query reads, in tiles: a block, or a part of a long one."""
 
@@ -358,8 +379,9 @@ class _Reads:
 
     def keys(self, tile: Any, masked: bool) -> tuple[Array, Array | None]:
         """Indices of a tile's keys, and which of them the query reads (None: all)."""
-        block = self.blocks_ref[self.query, tile // self.parts]
-        in_block = tile % self.parts * self.held + lax.iota(jnp.int32, self.held)
+        slot, part = flash.divide(tile, self.parts)
+        block = self.blocks_ref[self.query, slot]
+        in_block = part * self.held + lax.iota(jnp.int32, self.held)
         index = block * self.size + in_block
         if not masked:
             return index, None

@@ -1,23 +1,91 @@
-"""Speed knobs of the kernels: how much a program holds. None of them changes what is computed."""
+"""Speed knobs of the kernels: how much a program holds. None of them changes what is computed.
+
+`tiles.json` holds what `python -m benchmarks.tune` found fastest, by device, dtype, head sizes and G; `rule` is for all else.
+Nothing is timed when a program is traced.
+"""
 
 import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
 
-from pallas_kernels.flash import Tile
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.flash import Tile, head_parts
+
+TABLE = Path(__file__).with_name("tiles.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """A tile for each kernel."""
+    """A tile for each kernel; where rows or keys are 0, the kernel itself knows how many it holds."""
 
-    window_forward: Tile = Tile(128, 64, 8, 3)
-    window_dq: Tile = Tile(64, 64, 4, 2)
-    window_dkv: Tile = Tile(64, 64, 4, 2)
-    compressed_forward: Tile = Tile(128, 128, 8, 3)
-    compressed_dq: Tile = Tile(64, 64, 4, 2)
-    compressed_dkv: Tile = Tile(64, 64, 4, 2)
-    scores: Tile = Tile(128, 32, 8, 3)
-    choice: Tile = Tile(2, 0, 1, 1)
-    selected_forward: Tile = Tile(0, 0, 2, 2)
-    selected_dq: Tile = Tile(0, 0, 2, 2)
-    selected_dkv: Tile = Tile(64, 0, 4, 2)
-    selected_sum: Tile = Tile(0, 0, 4, 2)
+    window_forward: Tile
+    window_dq: Tile
+    window_dkv: Tile
+    compressed_forward: Tile
+    compressed_dq: Tile
+    compressed_dkv: Tile
+    scores: Tile
+    choice: Tile
+    selected_forward: Tile
+    selected_dq: Tile
+    selected_dkv: Tile
+    selected_sum: Tile
+
+
+def tiles_for(query: jax.Array, kv_heads: int, value_size: int) -> Tiles:
+    """The table's tiles for the default device, or the rule's."""
+    num_heads, size = query.shape[2:]
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "none"))
+    return _lookup(device.device_kind, capability, str(query.dtype), size, value_size, num_heads // kv_heads)
+
+
+@functools.cache
+def _lookup(device: str, capability: str, dtype: str, size: int, value_size: int, group: int) -> Tiles:
+    safe = rule(dtype, size, value_size)
+
+    def distance(entry: dict[str, Any]) -> tuple[bool, float]:
+        return entry["device"] != device, abs(math.log2(entry["group"] / group))
+
+    # H100 and H200 are one chip with two memories: the same capability will do. Tiles of rows depend little on G.
+    near = [
+        entry
+        for entry in json.loads(TABLE.read_text())
+        if entry["compute_capability"] == capability
+        and (entry["dtype"], entry["head_dim"], entry["value_head_dim"]) == (dtype, size, value_size)
+    ]
+    if not near:
+        return safe
+    best = min(near, key=distance)["tiles"]
+    return dataclasses.replace(safe, **{kernel: Tile(*tile) for kernel, tile in best.items()})
+
+
+def rule(dtype: str, size: int, value_size: int) -> Tiles:
+    """Tiles that fit any supported GPU: keys and values of two tiles in 64 KiB of shared memory, a tile of rows in 32."""
+    numbers = sum(part.width for x in (size, value_size) for part in head_parts(x))
+    held = numbers * jnp.dtype(dtype).itemsize
+    keys = _power_of_2_below(2**15 // held, 16, 64)
+    rows = _power_of_2_below(2**15 // held, 16, 64)
+    return Tiles(
+        window_forward=Tile(rows, keys, 4, 2),
+        window_dq=Tile(rows, keys, 4, 2),
+        window_dkv=Tile(rows, keys, 4, 2),
+        compressed_forward=Tile(rows, keys, 4, 2),
+        compressed_dq=Tile(rows, keys, 4, 2),
+        compressed_dkv=Tile(rows, keys, 4, 2),
+        scores=Tile(rows, min(32, keys), 4, 2),
+        choice=Tile(1, 0, 1, 1),
+        selected_forward=Tile(0, 0, 2, 2),
+        selected_dq=Tile(0, 0, 2, 2),
+        selected_dkv=Tile(rows, 0, 4, 2),
+        selected_sum=Tile(0, 0, 4, 2),
+    )
+
+
+def _power_of_2_below(value: int, least: int, most: int) -> int:
+    return max(least, min(most, 1 << max(0, value.bit_length() - 1)))

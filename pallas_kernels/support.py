@@ -1,0 +1,45 @@
+"""What the kernels take: a case that they do not take is refused with the reason, never computed as something else."""
+
+from typing import Any
+
+import jax
+
+from pallas_kernels.block_selection import MAX_BLOCKS, MAX_SELECTED
+from pallas_kernels.flash import Config
+
+MIN_CAPABILITY = 8.0
+MAX_HEAD = 256
+MAX_GROUP = 64
+
+
+def why_not_here() -> str | None:
+    """Why the kernels cannot run on the default device; None if they can."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"the kernels run on NVIDIA GPUs, and this device is {device.device_kind} ({device.platform})"
+    capability = str(getattr(device, "compute_capability", ""))
+    try:
+        enough = float(capability) >= MIN_CAPABILITY
+    except ValueError:
+        enough = False
+    if enough:
+        return None
+    return (
+        f"the kernels need an NVIDIA GPU of compute capability {MIN_CAPABILITY} or more, "
+        f"and {device.device_kind} has {capability or 'none'}"
+    )
+
+
+def why_not(query: Any, *, config: Config, num_keys: int, value_size: int, scale: float) -> str | None:
+    """Why the kernels do not take a problem, on any device; None if they do. `query` is `[B, T, N, H]`."""
+    for name, size in (("head size", query.shape[3]), ("value head size", value_size)):
+        if size > MAX_HEAD:
+            return f"the kernels take a {name} of at most {MAX_HEAD}, not {size}"
+    if scale <= 0.0:
+        return f"the kernels take a positive scale, not {scale}"
+    if config.num_selected > MAX_SELECTED:
+        return f"the kernels choose at most {MAX_SELECTED} blocks, not num_selected={config.num_selected}"
+    num_blocks = -(-num_keys // config.select_block)
+    if num_blocks > MAX_BLOCKS:
+        return f"the kernels choose from at most {MAX_BLOCKS} blocks, and {num_keys} keys have {num_blocks}"
+    return None
