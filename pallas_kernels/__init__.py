@@ -1,6 +1,6 @@
 """Speed: Native Sparse Attention in Pallas kernels for NVIDIA GPUs. Imports jax and jaxtyping, never `nsa_jax`.
 
-    attend.py                the three branches, their gated sum and its gradient: the one `custom_vjp`
+    attention.py             the three branches, their gated sum and its gradient: the one `custom_vjp`
     positions.py             visibility: which keys each query may read, as arrays
     range_attention.py       kernels of branches in which a query reads one range of keys:
       window_attention.py      the last w tokens
@@ -13,7 +13,7 @@
 
 import warnings
 
-from pallas_kernels.attend import attend, select_blocks
+from pallas_kernels.attention import attend, select_blocks
 from pallas_kernels.support import why_not, why_not_here
 
 # JAX announces at every lowering that it means to drop this backend. That concerns this package (its bound on jax), not its

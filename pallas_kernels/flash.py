@@ -214,8 +214,10 @@ def softmax_end(state: Softmax, scale: float) -> tuple[tuple[Array, ...], Array]
 
 def over_tiles(first: Any, inner: Any, outer: Any, last: Any, step: Callable[..., Any], state: Any) -> Any:
     """`step(tile, state, masked)` for tiles `first .. last - 1`, those of `inner .. outer - 1` without masks."""
-    inner = jnp.clip(inner, first, last)
-    outer = jnp.clip(outer, inner, last)
+    # Triton's lowering types a Python number by its value.
+    first, inner, outer, last = (jnp.asarray(bound, jnp.int32) for bound in (first, inner, outer, last))
+    inner = jnp.minimum(jnp.maximum(inner, first), last)
+    outer = jnp.minimum(jnp.maximum(outer, inner), last)
     state = lax.fori_loop(first, inner, functools.partial(_swap, step, True), state)
     state = lax.fori_loop(inner, outer, functools.partial(_swap, step, False), state)
     return lax.fori_loop(outer, last, functools.partial(_swap, step, True), state)

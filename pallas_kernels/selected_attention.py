@@ -298,7 +298,7 @@ def _dkv_kernel(
     sums = tuple(tuple(jnp.zeros((held, part.width), jnp.float32) for part in parts) for parts in (q_parts, v_parts))
     # Lists ascend, so only the first l' queries of a list can lie inside its block and see a part of it.
     count, full = flash.ceil_div(end - begin, per_tile), (end - begin) // per_tile
-    inside_block = jnp.where(begin == list_begin, -(-config.select_block // per_tile), 0)
+    inside_block = (begin == list_begin).astype(jnp.int32) * -(-config.select_block // per_tile)
     dk, dv = flash.over_tiles(0, count if holes else inside_block, full, count, step, sums)
     out, inside = (jnp.full((held,), piece, jnp.int32), in_block), in_block < config.select_block
     flash.store_parts(dk_ref, out, q_parts, tuple(x * scale for x in dk), inside)
@@ -337,7 +337,7 @@ def _sum_kernel(partials_ref: Any, ends_ref: Any, out_ref: Any, *, config, held)
         more = flash.load_parts(partials_ref, (jnp.full_like(in_block, piece), in_block), parts, inside)
         return tuple(total + part for total, part in zip(sums, more, strict=True))
 
-    begin = jnp.where(which > 0, ends_ref[jnp.maximum(which - 1, 0)], 0)
+    begin = ends_ref[jnp.maximum(which - 1, 0)] * (which > 0).astype(jnp.int32)
     sums = tuple(jnp.zeros((held, part.width), jnp.float32) for part in parts)
     sums = lax.fori_loop(begin, ends_ref[which], step, sums)
     where = (jnp.full_like(in_block, sequence), key_index, jnp.full_like(in_block, head))
