@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import chex
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from nsa_jax.config import NSAConfig
 from nsa_jax.shapes import Gates, KeyValue, Position, Query, SegmentIds
@@ -20,7 +20,8 @@ SMALL = NSAConfig(
 class Case:
     """One problem: sizes by name, in tokens or counts.
 
-    `query_start` is an int or one per sequence; `segments` gives the lengths of each sequence's packed documents.
+    `query_start` and `window_start` are an int or one per sequence; `segments` gives the lengths of each sequence's packed
+    documents.
     """
 
     config: NSAConfig = SMALL
@@ -32,6 +33,8 @@ class Case:
     head_dim: int = 16  # H
     value_head_dim: int = 16  # V
     query_start: int | tuple[int, ...] = 0
+    window_start: int | tuple[int, ...] = 0
+    window_keys: int | None = None  # W; S if None
     segments: tuple[tuple[int, ...], ...] | None = None
 
 
@@ -41,15 +44,17 @@ CASES: dict[str, Case] = {
     "shorter_than_compress_block": Case(queries=7, keys=7),
     "exactly_compress_block": Case(queries=8, keys=8),
     "one_past_select_block": Case(queries=17, keys=17),
-    "odd_length": Case(queries=83, keys=83, heads=6, kv_heads=3, head_dim=12, value_head_dim=20),
+    "odd_length": Case(queries=83, keys=83, heads=6, kv_heads=2, head_dim=40, value_head_dim=20),
     "more_slots_than_blocks": Case(
-        config=dataclasses.replace(SMALL, num_selected=12), queries=61, keys=61, heads=2, kv_heads=1
+        config=dataclasses.replace(SMALL, num_selected=64), queries=61, keys=61, heads=2, kv_heads=1
     ),
     "group_1": Case(heads=3, kv_heads=3, queries=65, keys=65),
+    "group_5": Case(config=NSAConfig(8, 4, 12, 4, 1, 2, 20), heads=5, kv_heads=1, queries=59, keys=59, head_dim=12),
     "group_16": Case(heads=16, kv_heads=1, queries=50, keys=50),
     "head_sizes_differ": Case(head_dim=24, value_head_dim=8),
     "no_overlap": Case(config=NSAConfig(16, 16, 16, 3, 1, 1, 9), queries=75, keys=75),
     "deep_overlap": Case(config=NSAConfig(12, 3, 24, 3, 1, 1, 30), queries=97, keys=97),
+    "long_block": Case(config=NSAConfig(32, 16, 256, 2, 0, 1, 40), queries=35, keys=530, query_start=490, heads=2),
     "nothing_forced": Case(config=dataclasses.replace(SMALL, num_initial=0, num_local=0, num_selected=2)),
     "many_forced": Case(
         config=dataclasses.replace(SMALL, num_initial=2, num_local=3, num_selected=6), queries=130, keys=130
@@ -58,10 +63,59 @@ CASES: dict[str, Case] = {
     "window_longer_than_text": Case(config=dataclasses.replace(SMALL, window=200)),
     "query_start": Case(queries=29, keys=90, query_start=61),
     "query_start_per_sequence": Case(batch=3, queries=21, keys=80, query_start=(0, 37, 59)),
+    "window_start": Case(
+        batch=3, queries=21, keys=80, query_start=(0, 37, 59), window_start=(-7, 20, 40), window_keys=40
+    ),
     "one_query_late": Case(batch=2, queries=1, keys=77, query_start=(76, 40)),
     "segments_aligned": Case(batch=2, queries=96, keys=96, segments=((32, 48, 16), (96,))),
     "segments_unaligned": Case(batch=2, queries=91, keys=91, segments=((5, 1, 40, 45), (30, 3, 58))),
     "segments_and_start": Case(batch=2, queries=30, keys=91, query_start=(61, 20), segments=((5, 41, 45), (30, 3, 58))),
+}
+
+
+PAPER = NSAConfig()
+
+# For a GPU: texts that take several tiles, pieces and chunks, at the sizes of models. Where few blocks are selected, the
+# reference gathers them.
+LONG_CASES: dict[str, Case] = {
+    "long_paper": Case(PAPER, queries=4000, keys=4000, heads=16, kv_heads=1, head_dim=128, value_head_dim=128),
+    "long_gathered": Case(
+        dataclasses.replace(PAPER, num_selected=6),
+        queries=4096,
+        keys=4096,
+        heads=8,
+        kv_heads=2,
+        head_dim=64,
+        value_head_dim=64,
+    ),
+    "long_head_192": Case(PAPER, queries=2050, keys=2050, heads=32, kv_heads=2, head_dim=192, value_head_dim=128),
+    "long_group_1": Case(
+        PAPER, batch=2, queries=2047, keys=2047, heads=2, kv_heads=2, head_dim=64, value_head_dim=64
+    ),
+    "long_group_8": Case(PAPER, queries=2048, keys=2048, heads=8, kv_heads=1, head_dim=96, value_head_dim=128),
+    "long_group_64": Case(PAPER, queries=1100, keys=1100, heads=64, kv_heads=1, head_dim=256, value_head_dim=256),
+    "long_segments": Case(
+        PAPER,
+        batch=2,
+        queries=2500,
+        keys=2500,
+        heads=16,
+        kv_heads=1,
+        head_dim=128,
+        value_head_dim=128,
+        segments=((1000, 5, 40, 1455), (2500,)),
+    ),
+    "long_query_start": Case(
+        PAPER,
+        batch=2,
+        queries=300,
+        keys=6000,
+        heads=8,
+        kv_heads=2,
+        head_dim=128,
+        value_head_dim=128,
+        query_start=(5700, 1234),
+    ),
 }
 
 
@@ -98,15 +152,18 @@ def make_inputs(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> Input
     if case.segments is not None:
         rows = [np.repeat(np.arange(len(lengths)), lengths) for lengths in case.segments]
         segment_ids = jnp.asarray(np.stack(rows), jnp.int32)
-    start = case.query_start
+
+    def position(start: int | tuple[int, ...]) -> Position:
+        return start if isinstance(start, int) else jnp.asarray(start, jnp.int32)
+
     return Inputs(
         query=normal(case.queries, case.heads, case.head_dim),
         compressed=branch(case.config.num_compressed(case.keys)),
         selected=branch(case.keys),
-        window=branch(case.keys),
+        window=branch(case.keys if case.window_keys is None else case.window_keys),
         gates=jnp.asarray(random.random((case.batch, case.queries, case.heads, 3), np.float32), dtype),
-        query_start=start if isinstance(start, int) else jnp.asarray(start, jnp.int32),
-        window_start=0,
+        query_start=position(case.query_start),
+        window_start=position(case.window_start),
         segment_ids=segment_ids,
     )
 
@@ -148,3 +205,24 @@ def assert_as_accurate(
             f"{name}: error {error:.3g} at {tuple(int(i) for i in where)} exceeds {allowed:.3g} "
             f"(twice the reference's {np.abs(want - ideal).max():.3g} plus {floor:.3g})"
         )
+
+
+def assert_best_blocks(
+    actual: Int32[Array, "B T K A"], expected: Int32[Array, "B T K A"], scores: Float[Array, "B T K M"]
+) -> None:
+    """The same blocks, or, where they differ, blocks whose scores are as good: two scores may be tied but for rounding.
+
+    Raises:
+        AssertionError: a block was chosen that scores less than one that was not, or blocks do not ascend, -1 last.
+    """
+    got, want, scores = (np.asarray(x) for x in (actual, expected, scores))
+    assert got.shape == want.shape and got.dtype == want.dtype == np.int32
+    for at in map(tuple, np.argwhere(np.any(got != want, axis=-1))):
+        row, wanted = got[at].tolist(), want[at].tolist()
+        chosen = sorted({j for j in row if j >= 0})
+        assert row == chosen + [-1] * (len(row) - len(chosen)), f"blocks at {at} do not ascend: {row}"
+        gained, lost = set(row) - set(wanted), set(wanted) - set(row)
+        assert -1 not in gained | lost, f"blocks at {at}: {row}, not {wanted}"
+        worst, best = min(scores[at][j] for j in gained), max(scores[at][j] for j in lost)
+        floor = 32 * float(jnp.finfo(jnp.float32).eps) * scores[at].max()
+        assert worst >= best - floor, f"blocks at {at}: {row}, not {wanted}; score {worst} instead of {best}"

@@ -1,14 +1,14 @@
 """Speed: Native Sparse Attention in Pallas kernels for NVIDIA GPUs. Imports jax and jaxtyping, never `nsa_jax`.
 
-    attention.py             the three branches, their gated sum and its gradient: the one `custom_vjp`
-    positions.py             visibility: which keys each query may read, as arrays
-    range_attention.py       kernels of branches in which a query reads one range of keys:
-      window_attention.py      the last w tokens
-      compressed_attention.py  the compressed tokens that are complete
-    block_selection.py       importance of blocks and the choice of n
-    selected_attention.py    kernels that read the chosen blocks
-    flash.py                 what the kernels share
-    tiles.py                 speed knobs
+attention.py             the three branches, their gated sum and its gradient: the one `custom_vjp`
+positions.py             visibility: which keys each query may read, as arrays
+range_attention.py       kernels of branches in which a query reads one range of keys:
+  window_attention.py      the last w tokens
+  compressed_attention.py  the compressed tokens that are complete
+block_selection.py       importance of blocks and the choice of n
+selected_attention.py    kernels that read the chosen blocks
+flash.py                 what the kernels share
+tiles.py                 speed knobs
 """
 
 import warnings

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import block_selection, compressed_attention, selected_attention, window_attention
+from pallas_kernels import (
+    block_selection,
+    compressed_attention,
+    selected_attention,
+    selected_by_block,
+    window_attention,
+)
 from pallas_kernels.flash import Config, Launch, Ranges, Tile
 from pallas_kernels.positions import (
     BlockRanges,
@@ -38,6 +44,11 @@ class Static(NamedTuple):
     tiles: Tiles
     holes: bool
     interpret: bool
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the selected branch goes by block; a block that one program cannot hold goes by query."""
+        return self.tiles.by_block and self.config.select_block <= selected_attention.MAX_KEYS
 
     def launch(self, kernel: str) -> Launch:
         tile: Tile = getattr(self.tiles, kernel)
@@ -123,17 +134,21 @@ def _forward(static: Static, operands: Operands, places: Places, blocks: Array |
     out_cmp, lse_cmp = _compressed_forward(static, operands, places)
     if blocks is None:
         blocks = _select(static, query, operands.key_cmp, lse_cmp, places, num_keys=operands.key_slc.shape[1])
-    out, out_slc, lse_slc = selected_attention.selected_forward(
-        query,
-        operands.key_slc,
-        operands.value_slc,
-        blocks,
-        places.tokens,
-        selected_attention.Sum(operands.gates, out_cmp, out_win),
-        config=config,
-        scale=scale,
-        launch=static.launch("selected_forward"),
-    )
+    branches = selected_attention.Sum(operands.gates, out_cmp, out_win)
+    reads = (query, operands.key_slc, operands.value_slc, blocks, places.tokens, branches)
+    if static.by_block:
+        out, out_slc, lse_slc = selected_by_block.selected_forward_by_block(
+            *reads,
+            config=config,
+            scale=scale,
+            holes=static.holes,
+            launch=static.launch("selected_by_block"),
+            sum_launch=static.launch("selected_add"),
+        )
+    else:
+        out, out_slc, lse_slc = selected_attention.selected_forward(
+            *reads, config=config, scale=scale, launch=static.launch("selected_forward")
+        )
     saved = Saved(blocks, out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win)
     names = ("nsa_blocks", *(f"nsa_{what}_{branch}" for what in ("out", "lse") for branch in ("cmp", "slc", "win")))
     saved = Saved(*map(checkpoint_name, saved, names))
@@ -205,33 +220,26 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
         )
     else:
         dkv_cmp = tuple(jnp.zeros_like(x) for x in keys_cmp)
-    dq = selected_attention.selected_query_gradient(
-        selected,
-        *keys_slc,
-        saved.blocks,
-        places.tokens,
-        dq,
-        dtype=operands.query.dtype,
-        config=config,
-        scale=scale,
-        launch=static.launch("selected_dq"),
-    )
-    dkv_slc = selected_attention.selected_key_value_gradients(
-        selected,
-        *keys_slc,
-        saved.blocks,
-        places.tokens,
+    reads = (selected, *keys_slc, saved.blocks, places.tokens)
+    if not static.by_block:
+        dq = selected_attention.selected_query_gradient(
+            *reads, dq, dtype=operands.query.dtype, config=config, scale=scale, launch=static.launch("selected_dq")
+        )
+    found = selected_by_block.selected_gradients_by_block(
+        *reads,
+        dq if static.by_block else None,
         config=config,
         scale=scale,
         holes=static.holes,
         launch=static.launch("selected_dkv"),
-        sum_launch=static.launch("selected_sum"),
+        sum_launch=static.launch("selected_add"),
     )
+    dq = dq if found.dq is None else found.dq
     dkv_win = window_attention.window_key_value_gradients(
         window, *keys_win, places.window, scale=scale, launch=static.launch("window_dkv")
     )
     dgates = jnp.stack(deltas, axis=-1).astype(operands.gates.dtype)
-    return Operands(dq, *dkv_cmp, *dkv_slc, *dkv_win, dgates), None, None
+    return Operands(dq, *dkv_cmp, found.dk, found.dv, *dkv_win, dgates), None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -36,6 +36,7 @@ MAX_BLOCKS = 2**16  # a program holds a row of scores
 MAX_SELECTED = 1024
 NO_BLOCK = -1
 FORCED = 0x7F800000  # the bits of infinity
+PACKED = 4
 UNROLLED = 8
 
 
@@ -146,26 +147,27 @@ def _scores_kernel(
         block = j * tile.keys + lax.iota(jnp.int32, tile.keys)
 
         def place(r: Any, sums: Any) -> Any:
-            index = (jnp.full_like(block, r), block)
-            key = flash.load_parts(k_ref, index, parts, block < num_blocks if masked else None)
+            """Places r .. r + packed - 1 of each block, side by side in one product `[rows, packed * blocks]`."""
+            lane = lax.iota(jnp.int32, packed * tile.keys)
+            offset, index = flash.divide(lane, tile.keys)
+            offset, index = offset + r, j * tile.keys + index
+            key = flash.load_parts(k_ref, (offset, index), parts, index < num_blocks if masked else None)
             p = jnp.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
             if masked:
-                i = block * units + r
+                i = index * units + offset
                 p = jnp.where((low[:, None] <= i[None, :]) & (i[None, :] < high[:, None]), p, 0.0)
+            overlap = jnp.minimum(shared, units - offset).astype(jnp.float32)[None, :]
             own, after = sums
-            overlap = jnp.minimum(shared, units - r)
-            own = own + p * jnp.asarray(overlap, jnp.float32)
-            if isinstance(r, int) and units - r >= shared:
-                return own, after
-            return own, after + p * jnp.asarray(shared - overlap, jnp.float32)
+            own = own + _over_places(p * overlap, packed)
+            return own, after + _over_places(p * (shared - overlap), packed)
 
         zero = jnp.zeros((per_tile * padded, tile.keys), jnp.float32)
         sums = (zero, zero)
-        if units <= UNROLLED:
-            for r in range(units):
-                sums = place(r, sums)
-        else:
-            sums = lax.fori_loop(0, units, place, sums)
+        packed = min(PACKED, units & -units)
+        for r in range(0, units, packed) if units <= UNROLLED * packed else ():
+            sums = place(r, sums)
+        if units > UNROLLED * packed:
+            sums = lax.fori_loop(0, units // packed, lambda i, sums: place(i * packed, sums), sums)
         query_index = in_chunk + lax.iota(jnp.int32, per_tile)
         exists = (query_index < chunk) & (start_ref[0] + query_index < num_tokens)
         shape = (per_tile, tile.keys)
@@ -188,6 +190,11 @@ def _scores_kernel(
         step,
         jnp.int32(0),
     )
+
+
+def _over_places(p: Array, packed: int) -> Array:
+    """`[rows, packed * blocks]` summed to `[rows, blocks]`."""
+    return p if packed == 1 else jnp.sum(p.reshape(p.shape[0], packed, -1), axis=1)
 
 
 def _choice_kernel(start_ref: Any, first_ref: Any, own_ref: Any, *refs: Any, rows, config) -> None:
@@ -213,13 +220,20 @@ def _choice_kernel(start_ref: Any, first_ref: Any, own_ref: Any, *refs: Any, row
     forced = (block < first + config.num_initial) | (block > own - config.num_local)
     order = jnp.where(candidate, jnp.where(forced, FORCED, order), -1)
 
-    def narrow(i: Any, threshold: Array) -> Array:
-        """Set the bit if n candidates are still above."""
-        higher = threshold | (jnp.int32(1) << (jnp.int32(30) - i))
-        count = jnp.sum((order >= higher[:, None]).astype(jnp.int32), axis=1)
-        return jnp.where(count >= slots, higher, threshold)
+    def undecided(state: Any) -> Array:
+        bit, _, above = state
+        return (bit >= 0) & (jnp.max(jnp.abs(above - slots)) > 0)
 
-    threshold = lax.fori_loop(jnp.int32(0), jnp.int32(31), narrow, jnp.zeros((rows,), jnp.int32))[:, None]
+    def narrow(state: Any) -> Any:
+        """Set the bit if n candidates are still at or above the threshold; done once they are n."""
+        bit, threshold, above = state
+        higher = threshold | (jnp.int32(1) << bit)
+        count = jnp.sum((order >= higher[:, None]).astype(jnp.int32), axis=1)
+        enough = count >= slots
+        return bit - 1, jnp.where(enough, higher, threshold), jnp.where(enough, count, above)
+
+    state = jnp.int32(30), jnp.zeros((rows,), jnp.int32), jnp.full((rows,), width, jnp.int32)
+    threshold = lax.while_loop(undecided, narrow, state)[1][:, None]
     above = (order > threshold).astype(jnp.int32)
     equal = (order == threshold).astype(jnp.int32)
     room = slots - jnp.sum(above, axis=1)[:, None]

@@ -111,7 +111,9 @@ def rows_from(start: Any, count: int, group: int, num_tokens: int) -> Rows:
     return Rows(*divide(row, group), row < num_tokens * group)
 
 
-def load_parts(ref: Any, index: tuple[Array, ...], parts: tuple[Part, ...], live: Array | None = None) -> tuple[Array, ...]:
+def load_parts(
+    ref: Any, index: tuple[Array, ...], parts: tuple[Part, ...], live: Array | None = None
+) -> tuple[Array, ...]:
     """`ref[*index, columns]` for each part, `[rows, width]`; rows that are not `live` and columns past the head are 0."""
     return tuple(_load_part(ref, index, part, live) for part in parts)
 
@@ -210,6 +212,26 @@ def softmax_end(state: Softmax, scale: float) -> tuple[tuple[Array, ...], Array]
     total = jnp.where(none, 1.0, state.total)
     outs = tuple(part / total[:, None] for part in state.sums)
     return outs, jnp.where(none, 0.0, state.highest * (scale * LOG2E) + jnp.log2(total))
+
+
+def gated_sum(
+    gates_ref: Any,
+    index: tuple[Array, ...],
+    parts: tuple[Part, ...],
+    other_refs: tuple[Any, Any],
+    out_slc: tuple[Array, ...],
+    live: Array | None,
+) -> tuple[Array, ...]:
+    """`g_cmp o_cmp + g_slc o_slc + g_win o_win` (eq. 5); gates `[..., 3]`, `other_refs` are o_cmp and o_win."""
+    g_cmp, g_slc, g_win = (
+        load_rows(gates_ref, (*index, jnp.full_like(index[0], branch)), live).astype(jnp.float32)[:, None]
+        for branch in range(3)
+    )
+    out_cmp, out_win = (load_parts(ref, index, parts, live) for ref in other_refs)
+    return tuple(
+        g_cmp * c.astype(jnp.float32) + g_slc * s + g_win * w.astype(jnp.float32)
+        for c, s, w in zip(out_cmp, out_slc, out_win, strict=True)
+    )
 
 
 def over_tiles(first: Any, inner: Any, outer: Any, last: Any, step: Callable[..., Any], state: Any) -> Any:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import flash
-from pallas_kernels.flash import Launch, Part, Ranges
+from pallas_kernels.flash import Launch, Ranges
 
 Grouped = Float[Array, "B T K G H"]  # queries, outputs and their gradients, by key/value head
 RowValues = Float[Array, "B T K G"]  # one number for each token and head
@@ -65,8 +65,8 @@ def forward(
         kernel,
         name,
         grid=(pl.cdiv(length * group, launch.tile.rows), kv_heads, batch),
-        in_specs=_specs(inputs),
-        out_specs=_specs((out, lse)),
+        in_specs=specs(inputs),
+        out_specs=specs((out, lse)),
         out_shape=(out, lse),
     )(*inputs)
 
@@ -119,8 +119,8 @@ def query_gradient(
         kernel,
         name,
         grid=(pl.cdiv(length * group, launch.tile.rows), kv_heads, batch),
-        in_specs=_specs(inputs),
-        out_specs=_specs(dq),
+        in_specs=specs(inputs),
+        out_specs=specs(dq),
         out_shape=dq,
         input_output_aliases={len(inputs) - 1: 0} if added is not None and dtype == added.dtype else {},
     )(*inputs)
@@ -184,7 +184,7 @@ def key_value_gradients(
         kernel,
         name,
         grid=(num_tiles * slices, kv_heads, batch),
-        in_specs=[flash.whole(readers, head_axis=None), *_specs(inputs[1:])],
+        in_specs=[flash.whole(readers, head_axis=None), *specs(inputs[1:])],
         out_specs=tuple(out_spec(out) for out in outs),
         out_shape=outs,
     )(*inputs)
@@ -309,9 +309,6 @@ def _tile_of_rows(low_ref: Any, high_ref: Any, q_ref: Any, tile: flash.Tile) -> 
     return rows, bounds
 
 
-def _specs(arrays: Any) -> Any:
+def specs(arrays: Any) -> Any:
     """Whole sequences; of arrays with an axis of key/value heads, one head."""
     return jax.tree.map(lambda array: flash.whole(array, head_axis=2 if array.ndim > 2 else None), arrays)
-
-
-__all__ = ["Grouped", "Part", "QuerySide", "RowValues", "forward", "key_value_gradients", "query_gradient"]

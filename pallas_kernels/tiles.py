@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.flash import Tile, head_parts
 
+# Groups that fill too little of a tile of one query.
+BY_BLOCK_BELOW = 8
 TABLE = Path(__file__).with_name("tiles.json")
 
 
@@ -34,7 +36,9 @@ class Tiles:
     selected_forward: Tile
     selected_dq: Tile
     selected_dkv: Tile
-    selected_sum: Tile
+    selected_by_block: Tile  # forward by block
+    selected_add: Tile  # sums of partial results
+    by_block: bool  # whether the selected branch's forward and dq go by block
 
 
 def tiles_for(query: jax.Array, kv_heads: int, value_size: int) -> Tiles:
@@ -47,7 +51,7 @@ def tiles_for(query: jax.Array, kv_heads: int, value_size: int) -> Tiles:
 
 @functools.cache
 def _lookup(device: str, capability: str, dtype: str, size: int, value_size: int, group: int) -> Tiles:
-    safe = rule(dtype, size, value_size)
+    safe = rule(dtype, size, value_size, group)
 
     def distance(entry: dict[str, Any]) -> tuple[bool, float]:
         return entry["device"] != device, abs(math.log2(entry["group"] / group))
@@ -65,7 +69,7 @@ def _lookup(device: str, capability: str, dtype: str, size: int, value_size: int
     return dataclasses.replace(safe, **{kernel: Tile(*tile) for kernel, tile in best.items()})
 
 
-def rule(dtype: str, size: int, value_size: int) -> Tiles:
+def rule(dtype: str, size: int, value_size: int, group: int) -> Tiles:
     """Tiles that fit any supported GPU: keys and values of two tiles in 64 KiB of shared memory, a tile of rows in 32."""
     numbers = sum(part.width for x in (size, value_size) for part in head_parts(x))
     held = numbers * jnp.dtype(dtype).itemsize
@@ -83,7 +87,9 @@ def rule(dtype: str, size: int, value_size: int) -> Tiles:
         selected_forward=Tile(0, 0, 2, 2),
         selected_dq=Tile(0, 0, 2, 2),
         selected_dkv=Tile(rows, 0, 4, 2),
-        selected_sum=Tile(0, 0, 4, 2),
+        selected_by_block=Tile(rows, 0, 4, 2),
+        selected_add=Tile(16, 0, 4, 1),
+        by_block=group < BY_BLOCK_BELOW,
     )
 
 
