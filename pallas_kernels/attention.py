@@ -199,15 +199,24 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
         QuerySide(operands.query, dout, gates[..., i], lse, delta)
         for i, (lse, delta) in enumerate(zip((saved.lse_cmp, saved.lse_slc, saved.lse_win), deltas, strict=True))
     )
-    keys_cmp, keys_slc, keys_win = operands[1:3], operands[3:5], operands[5:7]
+    key_cmp, value_cmp, key_slc, value_slc, key_win, value_win = operands[1:7]
 
     dq = window_attention.window_query_gradient(
-        window, *keys_win, places.window, None, dtype=jnp.float32, scale=scale, launch=static.launch("window_dq")
+        window,
+        key_win,
+        value_win,
+        places.window,
+        None,
+        dtype=jnp.float32,
+        scale=scale,
+        launch=static.launch("window_dq"),
     )
-    if keys_cmp[0].shape[1]:
+    dkv_cmp = jnp.zeros_like(key_cmp), jnp.zeros_like(value_cmp)
+    if key_cmp.shape[1]:
         dq = compressed_attention.compressed_query_gradient(
             compressed,
-            *keys_cmp,
+            key_cmp,
+            value_cmp,
             places.compressed,
             dq,
             dtype=jnp.float32,
@@ -216,17 +225,32 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
             launch=static.launch("compressed_dq"),
         )
         dkv_cmp = compressed_attention.compressed_key_value_gradients(
-            compressed, *keys_cmp, places.compressed, scale=scale, launch=static.launch("compressed_dkv")
+            compressed,
+            key_cmp,
+            value_cmp,
+            places.compressed,
+            scale=scale,
+            launch=static.launch("compressed_dkv"),
         )
-    else:
-        dkv_cmp = tuple(jnp.zeros_like(x) for x in keys_cmp)
-    reads = (selected, *keys_slc, saved.blocks, places.tokens)
     if not static.by_block:
         dq = selected_attention.selected_query_gradient(
-            *reads, dq, dtype=operands.query.dtype, config=config, scale=scale, launch=static.launch("selected_dq")
+            selected,
+            key_slc,
+            value_slc,
+            saved.blocks,
+            places.tokens,
+            dq,
+            dtype=operands.query.dtype,
+            config=config,
+            scale=scale,
+            launch=static.launch("selected_dq"),
         )
     found = selected_by_block.selected_gradients_by_block(
-        *reads,
+        selected,
+        key_slc,
+        value_slc,
+        saved.blocks,
+        places.tokens,
         dq if static.by_block else None,
         config=config,
         scale=scale,
@@ -236,7 +260,7 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
     )
     dq = dq if found.dq is None else found.dq
     dkv_win = window_attention.window_key_value_gradients(
-        window, *keys_win, places.window, scale=scale, launch=static.launch("window_dkv")
+        window, key_win, value_win, places.window, scale=scale, launch=static.launch("window_dkv")
     )
     dgates = jnp.stack(deltas, axis=-1).astype(operands.gates.dtype)
     return Operands(dq, *dkv_cmp, found.dk, found.dv, *dkv_win, dgates), None, None

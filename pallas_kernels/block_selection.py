@@ -27,7 +27,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import flash
-from pallas_kernels.flash import Config, Launch, Ranges
+from pallas_kernels.flash import Config, Launch, Ranges, Tile
 from pallas_kernels.positions import BlockRanges
 from pallas_kernels.range_attention import Grouped, RowValues
 
@@ -123,11 +123,11 @@ def _scores_kernel(
     lse_ref: Any,
     k_ref: Any,
     *sums_refs: Any,
-    tile,
-    scale,
-    chunk,
-    per_tile,
-    shared,
+    tile: Tile,
+    scale: float,
+    chunk: int,
+    per_tile: int,
+    shared: int,
 ) -> None:
     num_tokens, group, size = q_ref.shape
     units, num_blocks, _ = k_ref.shape
@@ -197,7 +197,7 @@ def _over_places(p: Array, packed: int) -> Array:
     return p if packed == 1 else jnp.sum(p.reshape(p.shape[0], packed, -1), axis=1)
 
 
-def _choice_kernel(start_ref: Any, first_ref: Any, own_ref: Any, *refs: Any, rows, config) -> None:
+def _choice_kernel(start_ref: Any, first_ref: Any, own_ref: Any, *refs: Any, rows: int, config: Config) -> None:
     own_sums_ref, *after_ref, blocks_ref = refs
     num_tokens, (chunk, num_blocks) = own_ref.shape[0], own_sums_ref.shape
     slots, width = config.num_selected, flash.next_power_of_2(num_blocks)

@@ -4,6 +4,8 @@ A range of keys for each query; the kernels are those of `range_attention.py`. T
 pass, and for `block_selection.py`, whose importance is made of the same softmax.
 """
 
+from typing import Any
+
 from jaxtyping import Array, Float
 
 from pallas_kernels import range_attention
@@ -41,14 +43,15 @@ def compressed_query_gradient(
     ranges: Ranges,
     added: Grouped | None,
     *,
-    dtype,
+    dtype: Any,
     scale: float,
     holes: bool,
     launch: Launch,
 ) -> Grouped:
     """dq of the compressed branch plus `added`."""
-    where = dict(scale=scale, holes=holes, launch=launch, name="nsa_compressed_dq")
-    return range_attention.query_gradient(rows, key, value, ranges, added, dtype=dtype, **where)
+    return range_attention.query_gradient(
+        rows, key, value, ranges, added, dtype=dtype, scale=scale, holes=holes, launch=launch, name="nsa_compressed_dq"
+    )
 
 
 def compressed_key_value_gradients(
@@ -64,5 +67,6 @@ def compressed_key_value_gradients(
     batch, num_compressed, kv_heads, _ = key.shape
     programs = batch * kv_heads * -(-num_compressed // launch.tile.keys)
     slices = max(1, min(MAX_SLICES, PROGRAMS // programs))
-    where = dict(scale=scale, slices=slices, launch=launch, name="nsa_compressed_dkv")
-    return range_attention.key_value_gradients(rows, key, value, ranges, **where)
+    return range_attention.key_value_gradients(
+        rows, key, value, ranges, scale=scale, slices=slices, launch=launch, name="nsa_compressed_dkv"
+    )

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import flash
-from pallas_kernels.flash import Launch, Ranges
+from pallas_kernels.flash import Launch, Ranges, Tile
 
 Grouped = Float[Array, "B T K G H"]  # queries, outputs and their gradients, by key/value head
 RowValues = Float[Array, "B T K G"]  # one number for each token and head
@@ -72,7 +72,17 @@ def forward(
 
 
 def _forward_kernel(
-    low_ref: Any, high_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, lse_ref: Any, *, tile, scale, holes
+    low_ref: Any,
+    high_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    o_ref: Any,
+    lse_ref: Any,
+    *,
+    tile: Tile,
+    scale: float,
+    holes: bool,
 ) -> None:
     rows, bounds = _tile_of_rows(low_ref, high_ref, q_ref, tile)
     where = (rows.token, rows.head)
@@ -81,14 +91,13 @@ def _forward_kernel(
 
     def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
         key_index = bounds.start(j) + lax.iota(jnp.int32, tile.keys)
-        visible = bounds.visible(key_index) if masked else None
-        readable = bounds.readable(key_index, visible, holes) if masked else None
+        visible, readable = bounds.masks(key_index, holes) if masked else (None, None)
         key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
         return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible)
 
     state = flash.softmax_start(tile.rows, v_parts)
-    state = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.count, step, state)
+    state = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.num_tiles, step, state)
     outs, lse = flash.softmax_end(state, scale)
     flash.store_parts(o_ref, where, v_parts, outs, rows.live)
     flash.store_rows(lse_ref, where, lse, rows.live)
@@ -126,7 +135,7 @@ def query_gradient(
     )(*inputs)
 
 
-def _dq_kernel(low_ref: Any, high_ref: Any, *refs: Any, tile, scale, holes, adds) -> None:
+def _dq_kernel(low_ref: Any, high_ref: Any, *refs: Any, tile: Tile, scale: float, holes: bool, adds: bool) -> None:
     q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref = refs[:7]
     dq_ref = refs[-1]
     rows, bounds = _tile_of_rows(low_ref, high_ref, q_ref, tile)
@@ -138,18 +147,17 @@ def _dq_kernel(low_ref: Any, high_ref: Any, *refs: Any, tile, scale, holes, adds
 
     def step(j: Any, sums: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
         key_index = bounds.start(j) + lax.iota(jnp.int32, tile.keys)
-        visible = bounds.visible(key_index) if masked else None
-        readable = bounds.readable(key_index, visible, holes) if masked else None
+        visible, readable = bounds.masks(key_index, holes) if masked else (None, None)
         key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
         weights = jnp.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
-        if masked:
+        if visible is not None:
             weights = jnp.where(visible, weights, 0.0)
         dscores = weights * (flash.dot_parts(dout, value) - delta[:, None])
         return tuple(total + flash.dot(dscores.astype(part.dtype), part) for total, part in zip(sums, key, strict=True))
 
     sums = tuple(jnp.zeros((tile.rows, part.width), jnp.float32) for part in q_parts)
-    sums = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.count, step, sums)
+    sums = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.num_tiles, step, sums)
     dq = tuple(total * (gate * scale)[:, None] for total in sums)
     if adds:
         dq = tuple(x + y for x, y in zip(dq, flash.load_parts(refs[7], where, q_parts, rows.live), strict=True))
@@ -211,7 +219,9 @@ def _readers(ranges: Ranges, length: int, num_tiles: int, keys: int) -> Int32[Ar
     return jax.vmap(one_sequence)(*ranges)
 
 
-def _dkv_kernel(readers_ref: Any, low_ref: Any, high_ref: Any, *refs: Any, tile, scale, slices) -> None:
+def _dkv_kernel(
+    readers_ref: Any, low_ref: Any, high_ref: Any, *refs: Any, tile: Tile, scale: float, slices: int
+) -> None:
     q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref, dk_ref, dv_ref = refs
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     length, group = k_ref.shape[0], q_ref.shape[1]
@@ -261,7 +271,7 @@ def _dkv_kernel(readers_ref: Any, low_ref: Any, high_ref: Any, *refs: Any, tile,
 
 
 class _Bounds(NamedTuple):
-    """The keys of a tile of rows: tiles of keys start at `first`; `inner .. outer - 1` of `count` need no mask."""
+    """The keys of a tile of rows: tiles of keys start at `first`; `inner .. outer - 1` of `num_tiles` need no mask."""
 
     low: Array  # [rows]
     high: Array  # [rows]
@@ -269,24 +279,25 @@ class _Bounds(NamedTuple):
     last: Array
     inner: Array
     outer: Array
-    count: Array
+    num_tiles: Array
     keys: int
 
     def start(self, tile: Any) -> Array:
         return self.first + tile * self.keys
 
-    def visible(self, key_index: Array) -> Array:
-        return (self.low[:, None] <= key_index[None, :]) & (key_index[None, :] < self.high[:, None])
+    def masks(self, key_index: Array, holes: bool) -> tuple[Array, Array]:
+        """Which row reads which key, `[rows, keys]`, and which keys may be loaded.
 
-    def readable(self, key_index: Array, visible: Array, holes: bool) -> Array:
-        """Keys that may be loaded: a key that no row reads may hold anything, and 0 * NaN is NaN."""
+        A key that no row reads may hold anything, and 0 * NaN is NaN.
+        """
+        visible = (self.low[:, None] <= key_index[None, :]) & (key_index[None, :] < self.high[:, None])
         readable = key_index < self.last
         if holes:
             readable &= jnp.max(visible.astype(jnp.int32), axis=0) > 0
-        return readable
+        return visible, readable
 
 
-def _tile_of_rows(low_ref: Any, high_ref: Any, q_ref: Any, tile: flash.Tile) -> tuple[flash.Rows, _Bounds]:
+def _tile_of_rows(low_ref: Any, high_ref: Any, q_ref: Any, tile: Tile) -> tuple[flash.Rows, _Bounds]:
     num_tokens, group = q_ref.shape[:2]
     # The longest rows first: the last programs to start are the shortest.
     start = (pl.num_programs(0) - 1 - pl.program_id(0)) * tile.rows
@@ -303,7 +314,7 @@ def _tile_of_rows(low_ref: Any, high_ref: Any, q_ref: Any, tile: flash.Tile) -> 
         last,
         inner=flash.ceil_div(inner - first, tile.keys),
         outer=(outer - first) // tile.keys,
-        count=flash.ceil_div(jnp.maximum(last - first, 0), tile.keys),
+        num_tiles=flash.ceil_div(jnp.maximum(last - first, 0), tile.keys),
         keys=tile.keys,
     )
     return rows, bounds

@@ -1,8 +1,11 @@
 """Attention to the tokens of the selected blocks, one softmax over all of them (eq. 12 of arXiv 2502.11089), by query.
 
-A program holds one query's group and passes over its blocks; grid (query, key/value head, sequence). The forward program
-also forms the gated sum with the other branches' outputs, and dq adds what they gave. Keys are read from the L2 cache anew
-by every query, which a large group makes good; for small ones, and for dk and dv, see `selected_by_block.py`.
+A program holds the groups of a few adjacent queries and passes over the union of their blocks, in which each query reads
+those that it chose; grid (tile of queries, key/value head, sequence). Keys come from the L2 cache anew for every tile, and
+that bounds these kernels: the more of their choices neighbours share, the more a union saves. The forward program also
+forms the gated sum with the other branches' outputs, and dq adds what they gave.
+
+For small groups, which fill too little of a tile, and for dk and dv, see `selected_by_block.py`.
 """
 
 import functools
@@ -16,18 +19,71 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import flash, range_attention
-from pallas_kernels.flash import Config, Launch, Ranges
+from pallas_kernels.flash import Config, Launch, Ranges, Tile
 from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
 
 MAX_KEYS = 128  # of a block that a program holds at once
+NO_BLOCK = -1
 
 
 class Sum(NamedTuple):
-    """The other branches, for the gated sum (eq. 5)."""
+    """The gates, and the other branches' outputs, for the gated sum (eq. 5)."""
 
     gates: Float[Array, "B T K G 3"]  # compressed, selected, window
     out_cmp: Float[Array, "B T K G V"]
     out_win: Float[Array, "B T K G V"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- unions
+
+
+class Unions(NamedTuple):
+    """For each tile of adjacent queries, the blocks that any of them chose: ascending, -1 in unused slots."""
+
+    blocks: Int32[Array, "B tiles K E"]
+    readers: Int32[Array, "B tiles K E"]  # bit r: the tile's query r chose it
+
+
+def unions(blocks: Int32[Array, "B T K A"], queries: int, *, interpret: bool) -> Unions:
+    """Of tiles of that many queries: with 2, `0 3 7` and `0 4 7` give `0 3 4 7 -1 -1`, read by `3 1 2 3`."""
+    batch, length, kv_heads, slots = blocks.shape
+    if queries == 1:
+        return Unions(blocks, (blocks >= 0).astype(jnp.int32))
+    num_tiles = -(-length // queries)
+    width = flash.next_power_of_2(queries * slots)
+    out = jax.ShapeDtypeStruct((batch, num_tiles, kv_heads, queries * slots), jnp.int32)
+    launch = Launch(Tile(queries, 0, max(1, min(8, width**2 // 4096)), 1), interpret)
+    return Unions(
+        *launch(
+            functools.partial(_unions_kernel, queries=queries),
+            "nsa_unions",
+            grid=(num_tiles, kv_heads, batch),
+            in_specs=[range_attention.specs(blocks)],
+            out_specs=range_attention.specs((out, out)),
+            out_shape=(out, out),
+        )(blocks)
+    )
+
+
+def _unions_kernel(blocks_ref: Any, union_ref: Any, readers_ref: Any, *, queries: int) -> None:
+    """An entry's place is the number of lower blocks; the first of equal entries stands for all."""
+    length, slots = blocks_ref.shape
+    tile, most = pl.program_id(0), queries * slots
+    entry = lax.iota(jnp.int32, flash.next_power_of_2(most))
+    reader, slot = flash.divide(entry, slots)
+    exists = (entry < most) & (tile * queries + reader < length)
+    block = pltriton.load(blocks_ref.at[tile * queries + reader, slot], mask=exists, other=NO_BLOCK)
+    same = block[:, None] == block[None, :]
+    earlier = entry[None, :] < entry[:, None]
+    first = jnp.max((same & earlier).astype(jnp.int32), axis=1) == 0
+    used = first & (block >= 0)
+    # What stands for no block goes behind the blocks, each entry at a place of its own.
+    order = jnp.where(used, block, 2**30 + entry)
+    place = jnp.sum((order[None, :] < order[:, None]).astype(jnp.int32), axis=1)
+    readers = jnp.sum(jnp.where(same, (jnp.int32(1) << reader)[None, :], 0), axis=1)
+    index, written = jnp.full_like(entry, tile), entry < most
+    pltriton.store(union_ref.at[index, place], jnp.where(used, block, NO_BLOCK), mask=written)
+    pltriton.store(readers_ref.at[index, place], jnp.where(used, readers, 0), mask=written)
 
 
 # --------------------------------------------------------------------------------------------------------------- forward
@@ -51,46 +107,40 @@ def selected_forward(
         blocks: ascending, unused slots (-1) last.
         tokens: what a query may read of the tokens, `positions.token_ranges`.
     """
-    batch, length, kv_heads, _, _ = query.shape
+    _, length, kv_heads, group, _ = query.shape
     out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), value.dtype)
     lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)
-    kernel = functools.partial(_forward_kernel, scale=scale, config=config)
-    inputs = (*tokens, blocks, query, key, value, *branches)
+    queries = queries_per_tile(launch.tile, group)
+    inputs = (*unions(blocks, queries, interpret=launch.interpret), *tokens, query, key, value, *branches)
     return launch(
-        kernel,
+        functools.partial(_forward_kernel, queries=queries, scale=scale, config=config),
         "nsa_selected_forward",
-        grid=(length, kv_heads, batch),
+        grid=(pl.cdiv(length, queries), kv_heads, query.shape[0]),
         in_specs=range_attention.specs(inputs),
         out_specs=range_attention.specs((out, out, lse)),
         out_shape=(out, out, lse),
     )(*inputs)
 
 
-def _forward_kernel(
-    low_ref: Any, high_ref: Any, blocks_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, scale, config
-) -> None:
-    gates_ref, cmp_ref, win_ref, out_ref, slc_ref, lse_ref = refs
+def _forward_kernel(*refs: Any, queries: int, scale: float, config: Config) -> None:
+    *read_refs, q_ref, k_ref, v_ref, gates_ref, cmp_ref, win_ref, out_ref, slc_ref, lse_ref = refs
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
-    where, live = _one_query(q_ref)
-    query = flash.load_parts(q_ref, where, q_parts, live)
+    rows = _Rows(q_ref, queries)
+    reads = _Reads(read_refs, rows, config)
+    query = flash.load_parts(q_ref, rows.index, q_parts, rows.live)
 
     def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
-        key_index, visible = reads.keys(j, masked)
-        key = flash.load_parts(k_ref, (key_index,), q_parts, visible)
-        value = flash.load_parts(v_ref, (key_index,), v_parts, visible)
-        products = flash.dot_parts(query, key)
-        visible = None if visible is None else jnp.broadcast_to(visible[None, :], products.shape)
-        return flash.softmax_step(state, products, scale, value, visible)
+        key_index, visible, readable = reads.keys(j, masked)
+        key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
+        value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
+        return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible)
 
-    reads = _Reads(blocks_ref, low_ref, high_ref, config)
-    state = flash.over_tiles(
-        0, reads.inner, reads.outer, reads.count, step, flash.softmax_start(where[0].shape[0], v_parts)
-    )
-    outs, lse = flash.softmax_end(state, scale)
-    flash.store_parts(slc_ref, where, v_parts, outs, live)
-    flash.store_rows(lse_ref, where, lse, live)
-    total = flash.gated_sum(gates_ref, where, v_parts, (cmp_ref, win_ref), outs, live)
-    flash.store_parts(out_ref, where, v_parts, total, live)
+    state = flash.softmax_start(rows.count, v_parts)
+    outs, lse = flash.softmax_end(reads.over_tiles(step, state), scale)
+    flash.store_parts(slc_ref, rows.index, v_parts, outs, rows.live)
+    flash.store_rows(lse_ref, rows.index, lse, rows.live)
+    total = flash.gated_sum(gates_ref, rows.index, v_parts, (cmp_ref, win_ref), outs, rows.live)
+    flash.store_parts(out_ref, rows.index, v_parts, total, rows.live)
 
 
 # -------------------------------------------------------------------------------------------------------------- backward
@@ -110,44 +160,43 @@ def selected_query_gradient(
     launch: Launch,
 ) -> Grouped:
     """dq of the selected branch plus `added` (float32), in `dtype`."""
-    batch, length, kv_heads, _, _ = rows.query.shape
+    batch, length, kv_heads, group, _ = rows.query.shape
     dq = jax.ShapeDtypeStruct(rows.query.shape, dtype)
-    kernel = functools.partial(_dq_kernel, scale=scale, config=config)
-    inputs = (*tokens, blocks, *rows, key, value, added)
+    queries = queries_per_tile(launch.tile, group)
+    inputs = (*unions(blocks, queries, interpret=launch.interpret), *tokens, *rows, key, value, added)
     return launch(
-        kernel,
+        functools.partial(_dq_kernel, queries=queries, scale=scale, config=config),
         "nsa_selected_dq",
-        grid=(length, kv_heads, batch),
+        grid=(pl.cdiv(length, queries), kv_heads, batch),
         in_specs=range_attention.specs(inputs),
         out_specs=range_attention.specs(dq),
         out_shape=dq,
     )(*inputs)
 
 
-def _dq_kernel(low_ref: Any, high_ref: Any, blocks_ref: Any, *refs: Any, scale, config) -> None:
-    q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref, added_ref, dq_ref = refs
+def _dq_kernel(*refs: Any, queries: int, scale: float, config: Config) -> None:
+    *read_refs, q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref, added_ref, dq_ref = refs
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
-    where, live = _one_query(q_ref)
-    query = flash.load_parts(q_ref, where, q_parts, live)
-    dout = flash.load_parts(dout_ref, where, v_parts, live)
-    gate, lse, delta = (flash.load_rows(ref, where, live) for ref in (gate_ref, lse_ref, delta_ref))
+    rows = _Rows(q_ref, queries)
+    reads = _Reads(read_refs, rows, config)
+    query = flash.load_parts(q_ref, rows.index, q_parts, rows.live)
+    dout = flash.load_parts(dout_ref, rows.index, v_parts, rows.live)
+    gate, lse, delta = (flash.load_rows(ref, rows.index, rows.live) for ref in (gate_ref, lse_ref, delta_ref))
 
     def step(j: Any, sums: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
-        key_index, visible = reads.keys(j, masked)
-        key = flash.load_parts(k_ref, (key_index,), q_parts, visible)
-        value = flash.load_parts(v_ref, (key_index,), v_parts, visible)
+        key_index, visible, readable = reads.keys(j, masked)
+        key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
+        value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
         weights = jnp.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
         if visible is not None:
-            weights = jnp.where(visible[None, :], weights, 0.0)
+            weights = jnp.where(visible, weights, 0.0)
         dscores = weights * (flash.dot_parts(dout, value) - delta[:, None])
         return tuple(total + flash.dot(dscores.astype(part.dtype), part) for total, part in zip(sums, key, strict=True))
 
-    reads = _Reads(blocks_ref, low_ref, high_ref, config)
-    sums = tuple(jnp.zeros((where[0].shape[0], part.width), jnp.float32) for part in q_parts)
-    sums = flash.over_tiles(0, reads.inner, reads.outer, reads.count, step, sums)
-    added = flash.load_parts(added_ref, where, q_parts, live)
+    sums = reads.over_tiles(step, tuple(jnp.zeros((rows.count, part.width), jnp.float32) for part in q_parts))
+    added = flash.load_parts(added_ref, rows.index, q_parts, rows.live)
     dq = tuple(total * (gate * scale)[:, None] + more for total, more in zip(sums, added, strict=True))
-    flash.store_parts(dq_ref, where, q_parts, dq, live)
+    flash.store_parts(dq_ref, rows.index, q_parts, dq, rows.live)
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
@@ -158,39 +207,70 @@ def held_keys(config: Config) -> int:
     return max(16, min(MAX_KEYS, flash.next_power_of_2(config.select_block)))
 
 
+def queries_per_tile(tile: Tile, group: int) -> int:
+    return max(1, tile.rows // flash.next_power_of_2(group))
+
+
+class _Rows:
+    """The rows of a tile of adjacent queries."""
+
+    def __init__(self, q_ref: Any, queries: int):
+        num_tokens, group, _ = q_ref.shape
+        padded = flash.next_power_of_2(group)
+        # Triton's dot wants 16 rows at least.
+        self.count = max(16, queries * padded)
+        self.query, head = flash.divide(lax.iota(jnp.int32, self.count), padded)
+        self.queries, self.first = queries, pl.program_id(0) * queries
+        self.last = jnp.minimum(self.first + queries, num_tokens) - 1
+        self.token = self.first + self.query
+        self.index = (self.token, head)
+        full = padded == group and self.count == queries * padded and num_tokens % queries == 0
+        exists = (self.query < queries) & (self.token < num_tokens) & (head < group)
+        self.live = None if full else exists
+
+
 class _Reads:
-    """The keys that one query reads, in tiles: a block, or a part of a long one."""
+    """The keys that a tile of queries reads, in tiles: a block of their union, or a part of a long one."""
 
-    def __init__(self, blocks_ref: Any, low_ref: Any, high_ref: Any, config: Config):
-        query = pl.program_id(0)
-        self.blocks_ref, self.query, self.size = blocks_ref, query, config.select_block
-        self.low, self.high, self.held = low_ref[query], high_ref[query], held_keys(config)
+    def __init__(self, refs: Any, rows: _Rows, config: Config):
+        union_ref, self.readers_ref, low_ref, high_ref = refs
+        self.union_ref, self.rows, self.size = union_ref, rows, config.select_block
+        self.tile, self.held = pl.program_id(0), held_keys(config)
         self.parts = -(-self.size // self.held)
-        slots = blocks_ref.shape[1]
-        lane = lax.iota(jnp.int32, flash.next_power_of_2(slots))
-        where = (jnp.full_like(lane, query), lane)
-        chosen = pltriton.load(blocks_ref.at[where], mask=lane < slots, other=-1) >= 0
-        self.count = jnp.sum(chosen.astype(jnp.int32)) * self.parts
-        # Blocks ascend, so only the first may begin before the query's segment, and only the last may hold later tokens.
+        self.low, self.high = (flash.load_rows(ref, (rows.token,), rows.live) for ref in (low_ref, high_ref))
+        entries = union_ref.shape[1]
+        lane = lax.iota(jnp.int32, flash.next_power_of_2(entries))
+        where = (jnp.full_like(lane, self.tile), lane)
+        union = pltriton.load(union_ref.at[where], mask=lane < entries, other=NO_BLOCK)
+        # A block needs a mask for its tokens if it holds one that a query of the tile may not read.
+        begin, end = low_ref[rows.last], high_ref[rows.first]
+        before = (union >= 0) & (union * self.size < begin)
+        until = (union >= 0) & ((union + 1) * self.size <= end)
+        count, inner, outer = (jnp.sum(x.astype(jnp.int32)) for x in (union >= 0, before, until))
         whole = self.parts * self.held == self.size
-        self.inner = (self.low > 0).astype(jnp.int32) * self.parts if whole else self.count
-        self.outer = self.count - self.parts if whole else self.count
+        self.count = count * self.parts
+        self.inner, self.outer = (inner * self.parts, outer * self.parts) if whole else (self.count, self.count)
 
-    def keys(self, tile: Any, masked: bool) -> tuple[Array, Array | None]:
-        """Indices of a tile's keys, and which of them the query reads (None: all)."""
+    def over_tiles(self, step: Any, state: Any) -> Any:
+        return flash.over_tiles(0, self.inner, self.outer, self.count, step, state)
+
+    def keys(self, tile: Any, masked: bool) -> tuple[Array, Array | None, Array | None]:
+        """A tile's keys, which row reads which (None: all do), and which keys may be loaded (None: all).
+
+        A key that no row reads may hold anything, and 0 * NaN is NaN.
+        """
         slot, part = flash.divide(tile, self.parts)
-        block = self.blocks_ref[self.query, slot]
+        block = self.union_ref[self.tile, slot]
         in_block = part * self.held + lax.iota(jnp.int32, self.held)
         index = block * self.size + in_block
-        if not masked:
-            return index, None
-        return index, (in_block < self.size) & (self.low <= index) & (index < self.high)
-
-
-def _one_query(q_ref: Any) -> tuple[tuple[Array, Array], Array | None]:
-    """Token and head of each row of one query's group, and which rows exist (None: all)."""
-    group = q_ref.shape[1]
-    # Triton's dot wants 16 rows at least.
-    num_rows = max(16, flash.next_power_of_2(group))
-    head = lax.iota(jnp.int32, num_rows)
-    return (jnp.full_like(head, pl.program_id(0)), head), None if group == num_rows else head < group
+        shape = (self.rows.count, self.held)
+        visible = readable = None
+        if self.rows.queries > 1:
+            chosen = (self.readers_ref[self.tile, slot] >> self.rows.query) & 1
+            visible = jnp.broadcast_to((chosen == 1)[:, None], shape)
+        if masked:
+            inside = (self.low[:, None] <= index[None, :]) & (index[None, :] < self.high[:, None])
+            inside &= (in_block < self.size)[None, :]
+            visible = inside if visible is None else visible & inside
+            readable = jnp.max(visible.astype(jnp.int32), axis=0) > 0
+        return index, visible, readable

@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import flash, range_attention
-from pallas_kernels.flash import Config, Launch, Ranges
+from pallas_kernels.flash import Config, Launch, Ranges, Tile
 from pallas_kernels.inverse_lists import Pieces, cut, invert
 from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
 from pallas_kernels.selected_attention import Sum, held_keys
@@ -85,7 +85,7 @@ def selected_forward_by_block(
     return _over_heads(some_heads, bytes_per_head, blocks, query, branches)
 
 
-def _partial_forward_kernel(*refs: Any, tile, scale, config, holes) -> None:
+def _partial_forward_kernel(*refs: Any, tile: Tile, scale: float, config: Config, holes: bool) -> None:
     *piece_refs, low_ref, high_ref, blocks_ref, q_ref, k_ref, v_ref, out_ref, lse_ref = refs
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     piece = _Piece(piece_refs, low_ref, high_ref, q_ref, k_ref, tile, config, part=jnp.int32(0))
@@ -93,10 +93,10 @@ def _partial_forward_kernel(*refs: Any, tile, scale, config, holes) -> None:
 
     def step(i: Any, carry: Any, masked: bool) -> Any:
         rows = piece.rows(i, masked)
-        query = flash.load_parts(q_ref, rows.index, q_parts, rows.live)
+        query = flash.load_parts(q_ref, rows.where, q_parts, rows.live)
         visible = piece.visible(rows).T if masked else None
         state = flash.softmax_start(rows.token.shape[0], v_parts)
-        seen_value = piece.seen(value, visible) if masked else value
+        seen_value = value if visible is None else piece.seen(value, visible)
         state = flash.softmax_step(state, flash.dot_parts(query, key), scale, seen_value, visible)
         outs, lse = flash.softmax_end(state, scale)
         where = piece.slot(rows, blocks_ref)
@@ -107,7 +107,7 @@ def _partial_forward_kernel(*refs: Any, tile, scale, config, holes) -> None:
     piece.over_tiles(step, jnp.int32(0), holes)
 
 
-def _sum_forward_kernel(blocks_ref: Any, partial_ref: Any, partial_lse_ref: Any, *refs: Any, tile) -> None:
+def _sum_forward_kernel(blocks_ref: Any, partial_ref: Any, partial_lse_ref: Any, *refs: Any, tile: Tile) -> None:
     gates_ref, cmp_ref, win_ref, out_ref, slc_ref, lse_ref = refs
     num_tokens, slots, group, size = partial_ref.shape
     parts = flash.head_parts(size)
@@ -218,7 +218,7 @@ def _gradients(
     return Gradients(dk, dv, dq)
 
 
-def _dkv_kernel(*refs: Any, tile, scale, config, holes, with_dq) -> None:
+def _dkv_kernel(*refs: Any, tile: Tile, scale: float, config: Config, holes: bool, with_dq: bool) -> None:
     *piece_refs, low_ref, high_ref = refs[:8]
     blocks_ref, refs = (refs[8], refs[9:]) if with_dq else (None, refs[8:])
     q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref, dk_ref, dv_ref, *dq_refs = refs
@@ -228,9 +228,9 @@ def _dkv_kernel(*refs: Any, tile, scale, config, holes, with_dq) -> None:
 
     def step(i: Any, sums: Any, masked: bool) -> Any:
         rows = piece.rows(i, masked)
-        query = flash.load_parts(q_ref, rows.index, q_parts, rows.live)
-        dout = flash.load_parts(dout_ref, rows.index, v_parts, rows.live)
-        gate, lse, delta = (flash.load_rows(ref, rows.index, rows.live) for ref in (gate_ref, lse_ref, delta_ref))
+        query = flash.load_parts(q_ref, rows.where, q_parts, rows.live)
+        dout = flash.load_parts(dout_ref, rows.where, v_parts, rows.live)
+        gate, lse, delta = (flash.load_rows(ref, rows.where, rows.live) for ref in (gate_ref, lse_ref, delta_ref))
         # [keys, rows]
         weights = jnp.exp2(flash.dot_parts(key, query) * (scale * flash.LOG2E) - lse[None, :]) * gate[None, :]
         dscores = flash.dot_parts(value, dout) - delta[None, :]
@@ -260,7 +260,7 @@ def _dkv_kernel(*refs: Any, tile, scale, config, holes, with_dq) -> None:
     flash.store_parts(dv_ref, out, v_parts, dv, inside)
 
 
-def _sum_dq_kernel(blocks_ref: Any, partial_ref: Any, added_ref: Any, dq_ref: Any, *, tile) -> None:
+def _sum_dq_kernel(blocks_ref: Any, partial_ref: Any, added_ref: Any, dq_ref: Any, *, tile: Tile) -> None:
     num_tokens, slots, group, size = partial_ref.shape
     parts = flash.head_parts(size)
     rows = flash.rows_from(pl.program_id(0) * tile.rows, tile.rows, group, num_tokens)
@@ -294,7 +294,7 @@ def _add_pieces(
     )(partials, pieces.ends)
 
 
-def _add_pieces_kernel(partials_ref: Any, ends_ref: Any, out_ref: Any, *, config, held) -> None:
+def _add_pieces_kernel(partials_ref: Any, ends_ref: Any, out_ref: Any, *, config: Config, held: int) -> None:
     _, num_keys, kv_heads, size = out_ref.shape
     parts = flash.head_parts(size)
     which = pl.program_id(0)
@@ -317,9 +317,9 @@ def _add_pieces_kernel(partials_ref: Any, ends_ref: Any, out_ref: Any, *, config
 
 
 class _PieceRows(NamedTuple):
-    """A tile of a piece's rows; `index` finds them in arrays `[B, T, K, G, ...]`."""
+    """A tile of a piece's rows; `where` finds them in arrays `[B, T, K, G, ...]`."""
 
-    index: tuple[Array, Array, Array, Array]
+    where: tuple[Array, Array, Array, Array]
     token: Array
     live: Array | None
 
@@ -328,7 +328,7 @@ class _Piece:
     """One piece of a block's list of queries, and the block's keys (or a part of a long block's)."""
 
     def __init__(
-        self, refs: Any, low_ref: Any, high_ref: Any, q_ref: Any, k_ref: Any, tile: Any, config: Config, *, part: Any
+        self, refs: Any, low_ref: Any, high_ref: Any, q_ref: Any, k_ref: Any, tile: Tile, config: Config, *, part: Any
     ):
         self.list_ref, which_ref, begin_ref, end_ref, list_begin_ref, head_ref = refs
         self.low_ref, self.high_ref, self.size = low_ref, high_ref, config.select_block
@@ -366,7 +366,7 @@ class _Piece:
     def visible(self, rows: _PieceRows) -> Array:
         """`[keys, rows]`"""
         low, high = (
-            flash.load_rows(ref, (rows.index[0], rows.token), rows.live) for ref in (self.low_ref, self.high_ref)
+            flash.load_rows(ref, (rows.where[0], rows.token), rows.live) for ref in (self.low_ref, self.high_ref)
         )
         key_index = self.key_index[:, None]
         return (low[None, :] <= key_index) & (key_index < high[None, :]) & self.exists[:, None]
@@ -380,7 +380,7 @@ class _Piece:
         """Where a row's partial result belongs, in arrays `[B, T, K, A, G, ...]`: blocks ascend."""
         slots = blocks_ref.shape[3]
         shape = (rows.token.shape[0], flash.next_power_of_2(slots))
-        here, token, there, head = rows.index
+        here, token, there, head = rows.where
         lane = jnp.broadcast_to(lax.iota(jnp.int32, shape[1])[None, :], shape)
         where = (*(jnp.broadcast_to(i[:, None], shape) for i in (here, token, there)), lane)
         mask = lane < slots if rows.live is None else (lane < slots) & rows.live[:, None]

@@ -3,6 +3,8 @@
 A range of keys for each query; the kernels are those of `range_attention.py`.
 """
 
+from typing import Any
+
 from jaxtyping import Array, Float
 
 from pallas_kernels import range_attention
@@ -32,13 +34,14 @@ def window_query_gradient(
     ranges: Ranges,
     added: Grouped | None,
     *,
-    dtype,
+    dtype: Any,
     scale: float,
     launch: Launch,
 ) -> Grouped:
     """dq of the window branch plus `added`."""
-    where = dict(scale=scale, holes=False, launch=launch, name="nsa_window_dq")
-    return range_attention.query_gradient(rows, key, value, ranges, added, dtype=dtype, **where)
+    return range_attention.query_gradient(
+        rows, key, value, ranges, added, dtype=dtype, scale=scale, holes=False, launch=launch, name="nsa_window_dq"
+    )
 
 
 def window_key_value_gradients(
@@ -51,5 +54,6 @@ def window_key_value_gradients(
     launch: Launch,
 ) -> tuple[Float[Array, "B W K H"], Float[Array, "B W K V"]]:
     """dk and dv of the window branch."""
-    where = dict(scale=scale, slices=1, launch=launch, name="nsa_window_dkv")
-    return range_attention.key_value_gradients(rows, key, value, ranges, **where)
+    return range_attention.key_value_gradients(
+        rows, key, value, ranges, scale=scale, slices=1, launch=launch, name="nsa_window_dkv"
+    )
