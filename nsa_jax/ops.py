@@ -153,7 +153,13 @@ def nsa_attention(
     _check_non_decreasing(segment_ids)
     num_keys, scale = selected.key.shape[1], _scale(scale, query)
     chosen = _implementation(
-        implementation, query, config=config, num_keys=num_keys, value_size=selected.value.shape[3], scale=scale
+        implementation,
+        query,
+        kv_heads=selected.key.shape[2],
+        config=config,
+        num_keys=num_keys,
+        value_size=selected.value.shape[3],
+        scale=scale,
     )
     blocks = selected_blocks
     if blocks is not None:
@@ -228,7 +234,13 @@ def select_blocks(
     _check_non_decreasing(segment_ids)
     scale = _scale(scale, query)
     chosen = _implementation(
-        implementation, query, config=config, num_keys=num_keys, value_size=query.shape[3], scale=scale
+        implementation,
+        query,
+        kv_heads=compressed_key.shape[2],
+        config=config,
+        num_keys=num_keys,
+        value_size=query.shape[3],
+        scale=scale,
     )
     return chosen.select_blocks(
         query,
@@ -276,14 +288,23 @@ def _scale(scale: float | None, query: Query) -> float:
 
 
 def _implementation(
-    name: str | None, query: Query, *, config: NSAConfig, num_keys: int, value_size: int, scale: float
+    name: str | None,
+    query: Query,
+    *,
+    kv_heads: int,
+    config: NSAConfig,
+    num_keys: int,
+    value_size: int,
+    scale: float,
 ) -> Implementation:
     """The named implementation, or the best for this device and problem; NotImplementedError if the named one cannot."""
     if name is not None and name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r} is unknown: choose from {[*IMPLEMENTATIONS]} or None")
     if name == "xla" or (name is None and jax.default_backend() != "gpu"):
         return IMPLEMENTATIONS["xla"]
-    reason = pallas_kernels.why_not(query, config=config, num_keys=num_keys, value_size=value_size, scale=scale)
+    reason = pallas_kernels.why_not(
+        query, kv_heads=kv_heads, config=config, num_keys=num_keys, value_size=value_size, scale=scale
+    )
     if name != "pallas_interpret":
         reason = pallas_kernels.why_not_here() or reason
     if reason is None:

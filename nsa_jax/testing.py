@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import chex
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, ArrayLike, Float
 
 from nsa_jax.config import NSAConfig
 from nsa_jax.shapes import Gates, KeyValue, Position, Query, SegmentIds
@@ -89,9 +89,7 @@ LONG_CASES: dict[str, Case] = {
         value_head_dim=64,
     ),
     "long_head_192": Case(PAPER, queries=2050, keys=2050, heads=32, kv_heads=2, head_dim=192, value_head_dim=128),
-    "long_group_1": Case(
-        PAPER, batch=2, queries=2047, keys=2047, heads=2, kv_heads=2, head_dim=64, value_head_dim=64
-    ),
+    "long_group_1": Case(PAPER, batch=2, queries=2047, keys=2047, heads=2, kv_heads=2, head_dim=64, value_head_dim=64),
     "long_group_8": Case(PAPER, queries=2048, keys=2048, heads=8, kv_heads=1, head_dim=96, value_head_dim=128),
     "long_group_64": Case(PAPER, queries=1100, keys=1100, heads=64, kv_heads=1, head_dim=256, value_head_dim=256),
     "long_segments": Case(
@@ -171,7 +169,7 @@ def make_inputs(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> Input
 def assert_as_accurate(
     actual: Float[Array, "..."],
     reference: Float[Array, "..."],
-    exact: Float[Array, "..."],
+    exact: Float[Array, "..."] | Float[np.ndarray, "..."],
     *,
     name: str = "result",
 ) -> None:
@@ -182,7 +180,7 @@ def assert_as_accurate(
     Args:
         actual: what is judged, in its dtype.
         reference: the xla implementation's result in that dtype.
-        exact: the xla implementation's result in float32 from the same (rounded) inputs.
+        exact: the xla implementation's result in float32, or an oracle's in float64, from the same (rounded) inputs.
         name: for the message.
 
     The floor is the rounding of the largest result to the dtype, and for float32 that of a sum of about a thousand terms.
@@ -207,10 +205,12 @@ def assert_as_accurate(
         )
 
 
-def assert_best_blocks(
-    actual: Int32[Array, "B T K A"], expected: Int32[Array, "B T K A"], scores: Float[Array, "B T K M"]
-) -> None:
+def assert_best_blocks(actual: ArrayLike, expected: ArrayLike, scores: ArrayLike) -> None:
     """The same blocks, or, where they differ, blocks whose scores are as good: two scores may be tied but for rounding.
+
+    Args:
+        actual, expected: `[B, T, K, A]`.
+        scores: `[B, T, K, M]`, of all blocks.
 
     Raises:
         AssertionError: a block was chosen that scores less than one that was not, or blocks do not ascend, -1 last.

@@ -17,7 +17,7 @@ from pallas_kernels.attention import attend, select_blocks
 from pallas_kernels.support import why_not, why_not_here
 
 # JAX announces at every lowering that it means to drop this backend. That concerns this package (its bound on jax), not its
-# users, and nothing of theirs goes by this name.
+# users. The lowering comes after our functions have returned, so that only a filter for good can hold this one message.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 __all__ = ["attend", "select_blocks", "why_not", "why_not_here"]

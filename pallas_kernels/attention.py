@@ -48,7 +48,7 @@ class Static(NamedTuple):
     @property
     def by_block(self) -> bool:
         """Whether the selected branch goes by block; a block that one program cannot hold goes by query."""
-        return self.tiles.by_block and self.config.select_block <= selected_attention.MAX_KEYS
+        return self.tiles.by_block and self.config.select_block <= self.tiles.selected_by_block.keys
 
     def launch(self, kernel: str) -> Launch:
         tile: Tile = getattr(self.tiles, kernel)
@@ -116,6 +116,9 @@ def attend(
         window_ranges(where, window_start, length=window[0].shape[1], config=config),
         candidate_blocks(where, config=config),
     )
+    if blocks is not None and blocks.shape[-1] == 0:
+        # Arrays have no axis of length 0 for a kernel to read.
+        blocks = jnp.full((*blocks.shape[:-1], 1), selected_attention.NO_BLOCK, jnp.int32)
     operands = Operands(_grouped(query, kv_heads), *compressed, *selected, *window, _grouped(gates, kv_heads))
     out = _attend(static, operands, places, blocks)
     return out.reshape(batch, length, num_heads, out.shape[-1])
@@ -131,7 +134,15 @@ def _forward(static: Static, operands: Operands, places: Places, blocks: Array |
     out_win, lse_win = window_attention.window_forward(
         query, operands.key_win, operands.value_win, places.window, scale=scale, launch=static.launch("window_forward")
     )
-    out_cmp, lse_cmp = _compressed_forward(static, operands, places)
+    out_cmp, lse_cmp = compressed_attention.compressed_forward(
+        query,
+        operands.key_cmp,
+        operands.value_cmp,
+        places.compressed,
+        scale=scale,
+        holes=static.holes,
+        launch=static.launch("compressed_forward"),
+    )
     if blocks is None:
         blocks = _select(static, query, operands.key_cmp, lse_cmp, places, num_keys=operands.key_slc.shape[1])
     branches = selected_attention.Sum(operands.gates, out_cmp, out_win)
@@ -153,22 +164,6 @@ def _forward(static: Static, operands: Operands, places: Places, blocks: Array |
     names = ("nsa_blocks", *(f"nsa_{what}_{branch}" for what in ("out", "lse") for branch in ("cmp", "slc", "win")))
     saved = Saved(*map(checkpoint_name, saved, names))
     return checkpoint_name(out, "nsa_out"), (operands, places, saved)
-
-
-def _compressed_forward(static: Static, operands: Operands, places: Places) -> tuple[Array, Array]:
-    query, value = operands.query, operands.value_cmp
-    if value.shape[1] == 0:
-        out = jnp.zeros((*query.shape[:-1], value.shape[-1]), value.dtype)
-        return out, jnp.zeros(query.shape[:-1], jnp.float32)
-    return compressed_attention.compressed_forward(
-        query,
-        operands.key_cmp,
-        value,
-        places.compressed,
-        scale=static.scale,
-        holes=static.holes,
-        launch=static.launch("compressed_forward"),
-    )
 
 
 def _select(
@@ -211,27 +206,25 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
         scale=scale,
         launch=static.launch("window_dq"),
     )
-    dkv_cmp = jnp.zeros_like(key_cmp), jnp.zeros_like(value_cmp)
-    if key_cmp.shape[1]:
-        dq = compressed_attention.compressed_query_gradient(
-            compressed,
-            key_cmp,
-            value_cmp,
-            places.compressed,
-            dq,
-            dtype=jnp.float32,
-            scale=scale,
-            holes=static.holes,
-            launch=static.launch("compressed_dq"),
-        )
-        dkv_cmp = compressed_attention.compressed_key_value_gradients(
-            compressed,
-            key_cmp,
-            value_cmp,
-            places.compressed,
-            scale=scale,
-            launch=static.launch("compressed_dkv"),
-        )
+    dq = compressed_attention.compressed_query_gradient(
+        compressed,
+        key_cmp,
+        value_cmp,
+        places.compressed,
+        dq,
+        dtype=jnp.float32,
+        scale=scale,
+        holes=static.holes,
+        launch=static.launch("compressed_dq"),
+    )
+    dkv_cmp = compressed_attention.compressed_key_value_gradients(
+        compressed,
+        key_cmp,
+        value_cmp,
+        places.compressed,
+        scale=scale,
+        launch=static.launch("compressed_dkv"),
+    )
     if not static.by_block:
         dq = selected_attention.selected_query_gradient(
             selected,
@@ -289,12 +282,9 @@ def select_blocks(
     visible = compressed_ranges(where, config=config)
     candidates = candidate_blocks(where, config=config)
     query, key = jax.lax.stop_gradient((_grouped(query, kv_heads), compressed_key))
-    if key.shape[1]:
-        _, lse = compressed_attention.compressed_forward(
-            query, key, key, visible, scale=scale, holes=static.holes, launch=static.launch("compressed_forward")
-        )
-    else:
-        lse = jnp.zeros(query.shape[:-1], jnp.float32)
+    _, lse = compressed_attention.compressed_forward(
+        query, key, key, visible, scale=scale, holes=static.holes, launch=static.launch("compressed_forward")
+    )
     places = Places(visible, visible, visible, candidates)
     return _select(static, query, key, lse, places, num_keys=num_keys)
 

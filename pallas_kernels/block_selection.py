@@ -80,6 +80,10 @@ def select(
     scores = functools.partial(
         _scores_kernel, tile=scores_launch.tile, scale=scale, chunk=chunk, per_tile=per_tile, shared=shared
     )
+    # A row of scores lies in registers: a long one in those of more warps.
+    held = choice_launch.tile.rows * flash.next_power_of_2(num_blocks)
+    warps = max(choice_launch.tile.warps, min(16, held // 2048))
+    choice_launch = Launch(choice_launch.tile._replace(warps=warps), choice_launch.interpret)
     choice = functools.partial(_choice_kernel, rows=choice_launch.tile.rows, config=config)
 
     def one_chunk(start: Array) -> Array:

@@ -66,7 +66,7 @@ def compressed_key_value_gradients(
     """dk and dv of the compressed branch."""
     batch, num_compressed, kv_heads, _ = key.shape
     programs = batch * kv_heads * -(-num_compressed // launch.tile.keys)
-    slices = max(1, min(MAX_SLICES, PROGRAMS // programs))
+    slices = max(1, min(MAX_SLICES, PROGRAMS // max(1, programs)))
     return range_attention.key_value_gradients(
         rows, key, value, ranges, scale=scale, slices=slices, launch=launch, name="nsa_compressed_dkv"
     )

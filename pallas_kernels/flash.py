@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ LOG2E = math.log2(math.e)
 MASKED = -1e30
 
 
+@runtime_checkable
 class Config(Protocol):
     """The sizes of NSA, in tokens or counts; `nsa_jax.NSAConfig` is one."""
 

@@ -30,6 +30,7 @@ class Pieces(NamedTuple):
 
 
 def invert(blocks: Int32[Array, "B T K A"], *, num_blocks: int) -> Lists:
+    """The list of each block, from `-1`-padded choices."""
     batch, length, kv_heads, slots = blocks.shape
     which = jnp.arange(batch * kv_heads, dtype=jnp.int32).reshape(batch, 1, kv_heads, 1) * num_blocks
     num_lists = batch * kv_heads * num_blocks
@@ -38,7 +39,7 @@ def invert(blocks: Int32[Array, "B T K A"], *, num_blocks: int) -> Lists:
     queries = jnp.broadcast_to(queries[None, None], lists.shape)
     lists, queries = lists.reshape(-1), queries.reshape(-1)
     if (num_lists + 1) * length < 2**32:
-        # One number for both, for sorting one array is the fastest there is.
+        # One number for both: sorting one array is what a GPU does fastest.
         packed = jnp.sort(lists.astype(jnp.uint32) * jnp.uint32(length) + queries.astype(jnp.uint32))
         lists, queries = (packed // length).astype(jnp.int32), (packed % length).astype(jnp.int32)
     else:
@@ -48,6 +49,7 @@ def invert(blocks: Int32[Array, "B T K A"], *, num_blocks: int) -> Lists:
 
 
 def cut(lists: Lists) -> Pieces:
+    """As many pieces as there can be at most: their number does not depend on the choices."""
     num_lists = lists.ends.shape[0]
     begins = jnp.concatenate([jnp.zeros((1,), jnp.int32), lists.ends[:-1]])
     ends = jnp.cumsum(-(-(lists.ends - begins) // PIECE), dtype=jnp.int32)

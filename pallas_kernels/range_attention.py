@@ -56,6 +56,9 @@ def forward(
     Args:
         holes: whether there may be keys between a tile's first and last that none of its rows reads. They may hold NaN.
     """
+    if key.shape[1] == 0:
+        nothing = jnp.zeros((*query.shape[:-1], value.shape[-1]), value.dtype)
+        return nothing, jnp.zeros(query.shape[:-1], jnp.float32)
     batch, length, kv_heads, group, _ = query.shape
     out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), value.dtype)
     lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)
@@ -120,6 +123,8 @@ def query_gradient(
     name: str,
 ) -> Float[Array, "B T K G H"]:
     """dq of this branch, plus `added` (float32), in `dtype`."""
+    if key.shape[1] == 0:
+        return (jnp.zeros(rows.query.shape, jnp.float32) if added is None else added).astype(dtype)
     batch, length, kv_heads, group, _ = rows.query.shape
     dq = jax.ShapeDtypeStruct(rows.query.shape, dtype)
     kernel = functools.partial(_dq_kernel, tile=launch.tile, scale=scale, holes=holes, adds=added is not None)
@@ -144,6 +149,8 @@ def _dq_kernel(low_ref: Any, high_ref: Any, *refs: Any, tile: Tile, scale: float
     query = flash.load_parts(q_ref, where, q_parts, rows.live)
     dout = flash.load_parts(dout_ref, where, v_parts, rows.live)
     gate, lse, delta = (flash.load_rows(ref, where, rows.live) for ref in (gate_ref, lse_ref, delta_ref))
+    # Before the rounding of dscores: float16 has little room for gradients that are scaled up.
+    slope = gate * scale
 
     def step(j: Any, sums: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
         key_index = bounds.start(j) + lax.iota(jnp.int32, tile.keys)
@@ -153,15 +160,14 @@ def _dq_kernel(low_ref: Any, high_ref: Any, *refs: Any, tile: Tile, scale: float
         weights = jnp.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
         if visible is not None:
             weights = jnp.where(visible, weights, 0.0)
-        dscores = weights * (flash.dot_parts(dout, value) - delta[:, None])
+        dscores = weights * (flash.dot_parts(dout, value) * slope[:, None] - (slope * delta)[:, None])
         return tuple(total + flash.dot(dscores.astype(part.dtype), part) for total, part in zip(sums, key, strict=True))
 
     sums = tuple(jnp.zeros((tile.rows, part.width), jnp.float32) for part in q_parts)
     sums = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.num_tiles, step, sums)
-    dq = tuple(total * (gate * scale)[:, None] for total in sums)
     if adds:
-        dq = tuple(x + y for x, y in zip(dq, flash.load_parts(refs[7], where, q_parts, rows.live), strict=True))
-    flash.store_parts(dq_ref, where, q_parts, dq, rows.live)
+        sums = tuple(x + y for x, y in zip(sums, flash.load_parts(refs[7], where, q_parts, rows.live), strict=True))
+    flash.store_parts(dq_ref, where, q_parts, sums, rows.live)
 
 
 def key_value_gradients(
@@ -177,6 +183,8 @@ def key_value_gradients(
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
     """dk and dv; 0 for a key that no query reads."""
     batch, length, kv_heads, _ = key.shape
+    if length == 0:
+        return jnp.zeros_like(key), jnp.zeros_like(value)
     num_tiles = pl.cdiv(length, launch.tile.keys)
     readers = _readers(ranges, length, num_tiles, launch.tile.keys)
     dtype = key.dtype if slices == 1 else jnp.float32
@@ -246,7 +254,7 @@ def _dkv_kernel(
             low, high = (flash.load_rows(ref, (rows.token,), live) for ref in (low_ref, high_ref))
             visible = (low[None, :] <= key_index[:, None]) & (key_index[:, None] < high[None, :]) & rows.live[None, :]
             weights = jnp.where(visible, weights, 0.0)
-        dscores = weights * (flash.dot_parts(value, dout) - delta[None, :])
+        dscores = weights * (flash.dot_parts(value, dout) * scale - (delta * scale)[None, :])
         if masked:
             # A key that no row reads may hold anything, and 0 * NaN is NaN.
             dscores = jnp.where(visible, dscores, 0.0)
@@ -263,7 +271,7 @@ def _dkv_kernel(
     )
     inner, outer = flash.ceil_div(inner - begin, tile.rows), (outer - begin) // tile.rows
     dk, dv = flash.over_tiles(first, inner, outer, jnp.maximum(first, last), step, sums)
-    flash.store_parts(dk_ref, (key_index,), q_parts, tuple(x * scale for x in dk), exists)
+    flash.store_parts(dk_ref, (key_index,), q_parts, dk, exists)
     flash.store_parts(dv_ref, (key_index,), v_parts, dv, exists)
 
 

@@ -22,7 +22,7 @@ from pallas_kernels import flash, range_attention
 from pallas_kernels.flash import Config, Launch, Ranges, Tile
 from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
 
-MAX_KEYS = 128  # of a block that a program holds at once
+MAX_UNION = 256  # entries of a union, before it is formed; a query has a bit of 32
 NO_BLOCK = -1
 
 
@@ -110,10 +110,12 @@ def selected_forward(
     _, length, kv_heads, group, _ = query.shape
     out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), value.dtype)
     lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)
-    queries = queries_per_tile(launch.tile, group)
+    queries = queries_per_tile(launch.tile, group, blocks.shape[-1])
     inputs = (*unions(blocks, queries, interpret=launch.interpret), *tokens, query, key, value, *branches)
     return launch(
-        functools.partial(_forward_kernel, queries=queries, scale=scale, config=config),
+        functools.partial(
+            _forward_kernel, queries=queries, held=held_keys(config, launch.tile), scale=scale, config=config
+        ),
         "nsa_selected_forward",
         grid=(pl.cdiv(length, queries), kv_heads, query.shape[0]),
         in_specs=range_attention.specs(inputs),
@@ -122,11 +124,11 @@ def selected_forward(
     )(*inputs)
 
 
-def _forward_kernel(*refs: Any, queries: int, scale: float, config: Config) -> None:
+def _forward_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config) -> None:
     *read_refs, q_ref, k_ref, v_ref, gates_ref, cmp_ref, win_ref, out_ref, slc_ref, lse_ref = refs
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     rows = _Rows(q_ref, queries)
-    reads = _Reads(read_refs, rows, config)
+    reads = _Reads(read_refs, rows, config, held)
     query = flash.load_parts(q_ref, rows.index, q_parts, rows.live)
 
     def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
@@ -162,10 +164,10 @@ def selected_query_gradient(
     """dq of the selected branch plus `added` (float32), in `dtype`."""
     batch, length, kv_heads, group, _ = rows.query.shape
     dq = jax.ShapeDtypeStruct(rows.query.shape, dtype)
-    queries = queries_per_tile(launch.tile, group)
+    queries = queries_per_tile(launch.tile, group, blocks.shape[-1])
     inputs = (*unions(blocks, queries, interpret=launch.interpret), *tokens, *rows, key, value, added)
     return launch(
-        functools.partial(_dq_kernel, queries=queries, scale=scale, config=config),
+        functools.partial(_dq_kernel, queries=queries, held=held_keys(config, launch.tile), scale=scale, config=config),
         "nsa_selected_dq",
         grid=(pl.cdiv(length, queries), kv_heads, batch),
         in_specs=range_attention.specs(inputs),
@@ -174,14 +176,15 @@ def selected_query_gradient(
     )(*inputs)
 
 
-def _dq_kernel(*refs: Any, queries: int, scale: float, config: Config) -> None:
+def _dq_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config) -> None:
     *read_refs, q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref, added_ref, dq_ref = refs
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     rows = _Rows(q_ref, queries)
-    reads = _Reads(read_refs, rows, config)
+    reads = _Reads(read_refs, rows, config, held)
     query = flash.load_parts(q_ref, rows.index, q_parts, rows.live)
     dout = flash.load_parts(dout_ref, rows.index, v_parts, rows.live)
     gate, lse, delta = (flash.load_rows(ref, rows.index, rows.live) for ref in (gate_ref, lse_ref, delta_ref))
+    slope = gate * scale
 
     def step(j: Any, sums: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
         key_index, visible, readable = reads.keys(j, masked)
@@ -190,25 +193,26 @@ def _dq_kernel(*refs: Any, queries: int, scale: float, config: Config) -> None:
         weights = jnp.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
         if visible is not None:
             weights = jnp.where(visible, weights, 0.0)
-        dscores = weights * (flash.dot_parts(dout, value) - delta[:, None])
+        dscores = weights * (flash.dot_parts(dout, value) * slope[:, None] - (slope * delta)[:, None])
         return tuple(total + flash.dot(dscores.astype(part.dtype), part) for total, part in zip(sums, key, strict=True))
 
     sums = reads.over_tiles(step, tuple(jnp.zeros((rows.count, part.width), jnp.float32) for part in q_parts))
     added = flash.load_parts(added_ref, rows.index, q_parts, rows.live)
-    dq = tuple(total * (gate * scale)[:, None] + more for total, more in zip(sums, added, strict=True))
+    dq = tuple(total + more for total, more in zip(sums, added, strict=True))
     flash.store_parts(dq_ref, rows.index, q_parts, dq, rows.live)
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
 
 
-def held_keys(config: Config) -> int:
-    """Keys of a block that a program holds: a power of two; a long block is read in parts."""
-    return max(16, min(MAX_KEYS, flash.next_power_of_2(config.select_block)))
+def held_keys(config: Config, tile: Tile) -> int:
+    """Keys of a block that a program holds at once: a power of two; a longer block is read in parts."""
+    return max(16, min(tile.keys, flash.next_power_of_2(config.select_block)))
 
 
-def queries_per_tile(tile: Tile, group: int) -> int:
-    return max(1, tile.rows // flash.next_power_of_2(group))
+def queries_per_tile(tile: Tile, group: int, slots: int) -> int:
+    """As many as the tile has rows for, and `unions` entries."""
+    return max(1, min(tile.rows // flash.next_power_of_2(group), MAX_UNION // flash.next_power_of_2(slots)))
 
 
 class _Rows:
@@ -232,10 +236,10 @@ class _Rows:
 class _Reads:
     """The keys that a tile of queries reads, in tiles: a block of their union, or a part of a long one."""
 
-    def __init__(self, refs: Any, rows: _Rows, config: Config):
+    def __init__(self, refs: Any, rows: _Rows, config: Config, held: int):
         union_ref, self.readers_ref, low_ref, high_ref = refs
         self.union_ref, self.rows, self.size = union_ref, rows, config.select_block
-        self.tile, self.held = pl.program_id(0), held_keys(config)
+        self.tile, self.held = pl.program_id(0), held
         self.parts = -(-self.size // self.held)
         self.low, self.high = (flash.load_rows(ref, (rows.token,), rows.live) for ref in (low_ref, high_ref))
         entries = union_ref.shape[1]

@@ -6,7 +6,7 @@ second kernel sums in the order of the slots,
 
     o = sum_a w_a o_a,  w_a = 2^(lse_a - lse),  lse = log2 sum_a 2^lse_a;      dq = sum_a dq_a
 
-Partial results are kept in the values' dtype, and only for as many heads at a time as `MAX_PARTIALS` bytes hold.
+Partial results are kept in the values' dtype, for as many heads at a time as `MAX_PARTIALS` bytes hold, at least one.
 
 dk and dv come by block whatever the group: one program for each piece of a block's list of queries, and the block's pieces
 are summed in their order. Work is balanced, though every query reads the first block, and there are no atomics.
@@ -187,7 +187,7 @@ def _gradients(
     """Of the heads of `blocks` and `rows`, the first of which is `head` among those of the keys."""
     batch, _, kv_heads, group, size = rows.query.shape
     lists, pieces = _lists(blocks, key, config)
-    num_pieces, held = pieces.block.shape[0], held_keys(config)
+    num_pieces, held = pieces.block.shape[0], held_keys(config, launch.tile)
     partials = [
         jax.ShapeDtypeStruct((num_pieces, config.select_block, array.shape[-1]), jnp.float32) for array in (key, value)
     ]
@@ -203,7 +203,9 @@ def _gradients(
         out_shape=partials,
     )(lists.query, *pieces[:-1], head, *tokens, *(() if added is None else (blocks,)), *rows, key, value)
     dk, dv = (
-        _add_pieces(partial, pieces, (batch, array.shape[1], kv_heads, array.shape[3]), array.dtype, config, sum_launch)
+        _add_pieces(
+            partial, pieces, (batch, array.shape[1], kv_heads, array.shape[3]), array.dtype, config, held, sum_launch
+        )
         for partial, array in zip(found, (key, value))
     )
     dq = None
@@ -233,7 +235,7 @@ def _dkv_kernel(*refs: Any, tile: Tile, scale: float, config: Config, holes: boo
         gate, lse, delta = (flash.load_rows(ref, rows.where, rows.live) for ref in (gate_ref, lse_ref, delta_ref))
         # [keys, rows]
         weights = jnp.exp2(flash.dot_parts(key, query) * (scale * flash.LOG2E) - lse[None, :]) * gate[None, :]
-        dscores = flash.dot_parts(value, dout) - delta[None, :]
+        dscores = flash.dot_parts(value, dout) * scale - (delta * scale)[None, :]
         visible = piece.visible(rows) if masked else None
         if visible is not None:
             weights = jnp.where(visible, weights, 0.0)
@@ -241,7 +243,7 @@ def _dkv_kernel(*refs: Any, tile: Tile, scale: float, config: Config, holes: boo
         dscores = (weights * dscores).astype(key[0].dtype)
         if with_dq:
             seen_key = key if visible is None else piece.seen(key, visible.T)
-            dq = tuple(flash.dot(dscores.T, part) * scale for part in seen_key)
+            dq = tuple(flash.dot(dscores.T, part) for part in seen_key)
             flash.store_parts(dq_refs[0], piece.slot(rows, blocks_ref), q_parts, dq, rows.live)
         dk, dv = sums
         dk = tuple(total + flash.dot(dscores, x) for total, x in zip(dk, query, strict=True))
@@ -256,7 +258,7 @@ def _dkv_kernel(*refs: Any, tile: Tile, scale: float, config: Config, holes: boo
         (jnp.full_like(piece.in_block, pl.program_id(0)), piece.in_block),
         piece.in_block < config.select_block,
     )
-    flash.store_parts(dk_ref, out, q_parts, tuple(x * scale for x in dk), inside)
+    flash.store_parts(dk_ref, out, q_parts, dk, inside)
     flash.store_parts(dv_ref, out, v_parts, dv, inside)
 
 
@@ -282,10 +284,10 @@ def _add_pieces(
     shape: tuple[int, int, int, int],
     dtype: Any,
     config: Config,
+    held: int,
     launch: Launch,
 ) -> Float[Array, "B S K D"]:
     """Each block's gradient, its pieces added in their order."""
-    held = held_keys(config)
     return launch(
         functools.partial(_add_pieces_kernel, config=config, held=held),
         "nsa_selected_add_pieces",
@@ -332,13 +334,13 @@ class _Piece:
     ):
         self.list_ref, which_ref, begin_ref, end_ref, list_begin_ref, head_ref = refs
         self.low_ref, self.high_ref, self.size = low_ref, high_ref, config.select_block
-        _, num_keys, _, _ = k_ref.shape
+        num_keys = self.num_keys = k_ref.shape[1]
         _, _, kv_heads, group, _ = q_ref.shape
         piece = pl.program_id(0)
         self.begin, self.end, self.list_begin = begin_ref[piece], end_ref[piece], list_begin_ref[piece]
         self.block, self.head, self.sequence = _place(which_ref[piece], -(-num_keys // self.size), kv_heads)
         self.key_head = head_ref[0] + self.head
-        self.held = held_keys(config)
+        self.held = held_keys(config, tile)
         self.in_block = part * self.held + lax.iota(jnp.int32, self.held)
         self.key_index = self.block * self.size + self.in_block
         self.exists = (self.in_block < self.size) & (self.key_index < num_keys) & (self.begin < self.end)
@@ -386,12 +388,17 @@ class _Piece:
         mask = lane < slots if rows.live is None else (lane < slots) & rows.live[:, None]
         chosen = pltriton.load(blocks_ref.at[where], mask=mask, other=-1)
         slot = jnp.sum(((chosen >= 0) & (chosen < self.block)).astype(jnp.int32), axis=1)
+        if rows.live is not None:
+            # No two rows write to one place, not even those that are masked.
+            slot = jnp.where(rows.live, slot, slots + lax.iota(jnp.int32, shape[0]))
         return here, token, there, slot, head
 
     def over_tiles(self, step: Callable[..., Any], state: Any, holes: bool) -> Any:
         count, full = flash.ceil_div(self.end - self.begin, self.per_tile), (self.end - self.begin) // self.per_tile
         # Lists ascend, so only the first l' queries of a list can lie inside its block and see a part of it.
-        inside = (self.begin == self.list_begin).astype(jnp.int32) * -(-self.size // self.per_tile)
+        inside = flash.ceil_div(jnp.maximum(self.list_begin + self.size - self.begin, 0), self.per_tile)
+        # The last block may be shorter, for all queries.
+        inside = jnp.where((self.block + 1) * self.size <= self.num_keys, inside, count)
         whole = self.held * -(-self.size // self.held) == self.size
         return flash.over_tiles(0, inside if whole and not holes else count, full, count, step, state)
 

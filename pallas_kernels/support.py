@@ -1,5 +1,6 @@
 """What the kernels take: a case that they do not take is refused with the reason, never computed as something else."""
 
+import math
 from typing import Any
 
 import jax
@@ -30,16 +31,22 @@ def why_not_here() -> str | None:
     )
 
 
-def why_not(query: Any, *, config: Config, num_keys: int, value_size: int, scale: float) -> str | None:
+def why_not(query: Any, *, kv_heads: int, config: Config, num_keys: int, value_size: int, scale: float) -> str | None:
     """Why the kernels do not take a problem, on any device; None if they do. `query` is `[B, T, N, H]`."""
+    batch, length, num_heads, _ = query.shape
+    if num_heads // kv_heads > MAX_GROUP:
+        return f"the kernels take at most {MAX_GROUP} query heads for each key/value head, not {num_heads // kv_heads}"
     for name, size in (("head size", query.shape[3]), ("value head size", value_size)):
         if size > MAX_HEAD:
             return f"the kernels take a {name} of at most {MAX_HEAD}, not {size}"
-    if scale <= 0.0:
-        return f"the kernels take a positive scale, not {scale}"
+    if not 0.0 < scale < math.inf:
+        return f"the kernels take a positive, finite scale, not {scale}"
     if config.num_selected > MAX_SELECTED:
         return f"the kernels choose at most {MAX_SELECTED} blocks, not num_selected={config.num_selected}"
     num_blocks = -(-num_keys // config.select_block)
     if num_blocks > MAX_BLOCKS:
         return f"the kernels choose from at most {MAX_BLOCKS} blocks, and {num_keys} keys have {num_blocks}"
+    chosen = batch * length * kv_heads * config.num_selected
+    if chosen >= 2**31:
+        return f"the kernels count to 2 ** 31 chosen blocks, and these queries choose {chosen}"
     return None

@@ -55,20 +55,20 @@ def tiles_for(query: jax.Array, kv_heads: int, value_size: int) -> Tiles:
 def _lookup(device: str, capability: str, dtype: str, size: int, value_size: int, group: int) -> Tiles:
     safe = rule(dtype, size, value_size, group)
 
-    def distance(entry: dict[str, Any]) -> tuple[bool, float]:
-        return entry["device"] != device, abs(math.log2(entry["group"] / group))
+    def distance(entry: dict[str, Any]) -> tuple[bool, bool, float]:
+        near = (entry["group"] < BY_BLOCK_BELOW) == safe.by_block
+        return entry["device"] != device, not near, abs(math.log2(entry["group"] / group))
 
-    # H100 and H200 are one chip with two memories: the same capability will do. Tiles of rows depend little on G.
-    near = [
+    # H100 and H200 are one chip with two memories: the same capability will do. Another G will do for what has no entry.
+    entries = [
         entry
         for entry in json.loads(TABLE.read_text())
         if entry["compute_capability"] == capability
         and (entry["dtype"], entry["head_dim"], entry["value_head_dim"]) == (dtype, size, value_size)
     ]
-    if not near:
-        return safe
-    best = min(near, key=distance)["tiles"]
-    tuned: dict[str, Any] = {kernel: Tile(*tile) for kernel, tile in best.items()}
+    tuned: dict[str, Any] = {}
+    for entry in sorted(entries, key=distance, reverse=True):
+        tuned |= {kernel: Tile(*tile) for kernel, tile in entry["tiles"].items()}
     return dataclasses.replace(safe, **tuned)
 
 
@@ -87,10 +87,10 @@ def rule(dtype: str, size: int, value_size: int, group: int) -> Tiles:
         compressed_dkv=Tile(rows, keys, 4, 2),
         scores=Tile(rows, min(32, keys), 4, 2),
         choice=Tile(1, 0, 1, 1),
-        selected_forward=Tile(SELECTED_ROWS, 0, 2, 2),
-        selected_dq=Tile(SELECTED_ROWS, 0, 2, 2),
-        selected_dkv=Tile(rows, 0, 4, 2),
-        selected_by_block=Tile(rows, 0, 4, 2),
+        selected_forward=Tile(SELECTED_ROWS, keys, 2, 2),
+        selected_dq=Tile(SELECTED_ROWS, keys, 2, 2),
+        selected_dkv=Tile(rows, min(keys, _power_of_2_below(2**14 // numbers, 16, 128)), 4, 2),
+        selected_by_block=Tile(rows, _power_of_2_below(2**16 // held, 16, 128), 4, 2),
         selected_add=Tile(16, 0, 4, 1),
         by_block=group < BY_BLOCK_BELOW,
     )

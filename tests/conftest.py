@@ -1,5 +1,6 @@
 """What every test runs under: checked shapes, no silent broadcasting over ranks, and GPU tests only beside a GPU."""
 
+import gc
 import importlib.util
 
 import jax
@@ -45,3 +46,12 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def uncollected():
+    """For files that trace large programs: a third of that time would go to Python's collector, which finds little."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()

@@ -182,7 +182,11 @@ WRONG_FLAGS = {
         "context=8193 must be at most 8192",
         "or packing be 'running', or attention 'nsa'",
     ),
-    "kernels": (["--implementation", "pallas"], "implementation='pallas' does not exist yet", "use 'xla' or None"),
+    "kernels": (
+        ["--implementation", "pallas"],
+        "implementation='pallas': the kernels run on NVIDIA GPUs",
+        "use 'xla' or None",
+    ),
     "seed": (["--seed", "-1"], "seed=-1 must be at least 0", ""),
     "tokenizer": (["--tokenizer", "bpe"], 'tokenizer=\'bpe\' must be "bytes", "bpe:N"', "there is no such file"),
     "vocabulary": (["--tokenizer", "bpe:9999"], "bpe:9999 asks for 9999 tokens", "ask for at most bpe:"),

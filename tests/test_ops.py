@@ -1,7 +1,9 @@
 """Which implementation runs; one query a sequence; chunks of queries; what a checkpoint keeps; docstring examples."""
 
+import dataclasses
 import doctest
 import re
+import types
 from typing import get_args
 
 import jax
@@ -9,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
-from jax.extend.core import jaxprs_in_params
 
 import nsa_jax
-from nsa_jax import KeyValue, nsa_attention, ops, reference, save_attention, select_blocks
+import pallas_kernels
+from nsa_jax import KeyValue, NSAConfig, nsa_attention, ops, reference, save_attention, select_blocks
 from nsa_jax.testing import CASES, SMALL, make_inputs
+from tests.programs import equations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -53,11 +56,38 @@ def test_none_is_xla_on_cpu(function):
 
 
 @FUNCTIONS
-@pytest.mark.parametrize("name", ["pallas", "pallas_interpret"])
-def test_a_named_implementation_never_falls_back(function, name):
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there the kernels run")
+def test_a_named_implementation_never_falls_back(function):
     device = re.escape(jax.devices()[0].device_kind)
-    with pytest.raises(NotImplementedError, match=f"implementation='{name}' does not exist yet .device: {device}"):
-        function(CASE, make_inputs(CASE), implementation=name)
+    message = (
+        f"implementation='pallas': the kernels run on NVIDIA GPUs, and this device is {device} .*; use 'xla' or None"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        function(CASE, make_inputs(CASE), implementation="pallas")
+
+
+REFUSED = {
+    "head size of at most 256, not 264": dict(head_dim=264),
+    "at most 1024 blocks, not num_selected=1025": dict(config=dataclasses.replace(SMALL, num_selected=1025)),
+    "from at most 65536 blocks, and 65537 keys have 65537": dict(keys=65537, config=NSAConfig(1, 1, 1, 2, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("function", [attend, choose], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("reason", REFUSED)
+def test_kernels_refuse_what_they_do_not_take(function, reason):
+    case = dataclasses.replace(CASE, **REFUSED[reason])
+    inputs = jax.eval_shape(lambda: make_inputs(case))
+    with pytest.raises(NotImplementedError, match=f"implementation='pallas_interpret': the kernels .*{reason}"):
+        jax.eval_shape(lambda inputs: function(case, inputs, implementation="pallas_interpret"), inputs)
+
+
+def test_kernels_refuse_more_numbers_of_values_and_scales_than_they_take():
+    inputs = make_inputs(dataclasses.replace(CASE, value_head_dim=257))
+    with pytest.raises(NotImplementedError, match="the kernels take a value head size of at most 256, not 257"):
+        attend(CASE, inputs, implementation="pallas_interpret")
+    with pytest.raises(NotImplementedError, match="the kernels take a positive scale, not -0.5"):
+        attend(CASE, make_inputs(CASE), scale=-0.5, implementation="pallas_interpret")
 
 
 @FUNCTIONS
@@ -71,19 +101,50 @@ def test_none_on_a_gpu_warns_once(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ops._warn_once.cache_clear()
     inputs = make_inputs(CASE)
-    with pytest.warns(UserWarning, match="implementation=None uses 'xla' on .*: no GPU kernel exists yet") as caught:
-        first, second = choose(CASE, inputs), choose(CASE, inputs)
+    message = (
+        "implementation=None uses 'xla', which is much slower on a GPU: the kernels take a positive scale, not -1.0"
+    )
+    monkeypatch.setattr(pallas_kernels, "why_not_here", lambda: None)
+    with pytest.warns(UserWarning, match=message) as caught:
+        first, second = choose(CASE, inputs, scale=-1), choose(CASE, inputs, scale=-1)
     assert len(caught) == 1
     same_bits(first, second)
-    choose(CASE, inputs, implementation="xla")  # a warning would be an error here
+    choose(CASE, inputs, scale=-1, implementation="xla")  # a warning would be an error here
     ops._warn_once.cache_clear()
 
 
+def test_none_is_pallas_on_a_supported_gpu(monkeypatch, recorded):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(pallas_kernels, "why_not_here", lambda: None)
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas", ops.IMPLEMENTATIONS.pop("xla"))
+    choose(CASE, make_inputs(CASE))
+    attend(CASE, make_inputs(CASE))
+    assert [name for name, _ in recorded] == ["select_blocks", "attend"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "reason"),
+    [
+        ("gpu", "9.0", None),
+        ("gpu", "12.0", None),
+        ("gpu", "8.0", None),
+        ("gpu", "7.5", "compute capability 8.0 or more, and A Thing has 7.5"),
+        ("gpu", "gfx942", "compute capability 8.0 or more, and A Thing has gfx942"),
+        ("gpu", "", "compute capability 8.0 or more, and A Thing has none"),
+        ("tpu", "", "run on NVIDIA GPUs, and this device is A Thing .tpu."),
+    ],
+)
+def test_devices_that_the_kernels_run_on(platform, capability, reason, monkeypatch):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability, device_kind="A Thing")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    found = pallas_kernels.why_not_here()
+    assert found is None if reason is None else re.search(reason, found)
+
+
 def test_the_table_has_every_name():
-    assert {*ops.IMPLEMENTATIONS, *ops._PLANNED} == set(get_args(ops.ImplementationName))
-    assert not set(ops.IMPLEMENTATIONS) & set(ops._PLANNED)
+    assert set(ops.IMPLEMENTATIONS) == set(get_args(ops.ImplementationName))
     for implementation in ops.IMPLEMENTATIONS.values():
-        assert implementation._fields == ("select_blocks", "attend", "decode_step")
+        assert implementation._fields == ("select_blocks", "attend")
         assert all(map(callable, implementation))
 
 
@@ -97,33 +158,27 @@ def recorded(monkeypatch):
         shape = (*query.shape[:2], compressed_key.shape[2], arguments["config"].num_selected)
         return jnp.full(shape, 1, jnp.int32)
 
-    def attend(query, compressed, selected, window, gates, blocks=None, **arguments):
+    def attend(query, compressed, selected, window, gates, blocks, **arguments):
         calls.append(("attend", {**arguments, "blocks": blocks}))
         return jnp.zeros((*query.shape[:3], selected.value.shape[-1]), query.dtype)
 
-    def decode_step(*arrays, **arguments):
-        out = attend(*arrays, **arguments)
-        calls[-1] = ("decode_step", calls[-1][1])
-        return out
-
-    monkeypatch.setitem(ops.IMPLEMENTATIONS, "xla", ops.Implementation(select_blocks, attend, decode_step))
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "xla", ops.Implementation(select_blocks, attend))
     return calls
 
 
 def test_the_table_alone_decides_what_runs(recorded):
     inputs = make_inputs(CASE)
+    choose(CASE, inputs)
     attend(CASE, inputs)
-    assert [name for name, _ in recorded] == ["select_blocks", "attend"]
-    np.testing.assert_array_equal(recorded[1][1]["blocks"], 1)  # what select_blocks gave
+    decode(CASE, inputs, scale=3)
+    assert [name for name, _ in recorded] == ["select_blocks", "attend", "attend"]
     assert recorded[0][1]["num_keys"] == CASE.keys
     for _, arguments in recorded:
-        assert arguments["config"] == CASE.config and arguments["scale"] == CASE.head_dim**-0.5
+        assert arguments["config"] == CASE.config
         np.testing.assert_array_equal(arguments["query_start"], CASE.query_start)
-
-    recorded.clear()
-    decode(CASE, inputs, scale=3)
-    assert [name for name, _ in recorded] == ["decode_step"]
-    assert recorded[0][1]["scale"] == 3.0 and isinstance(recorded[0][1]["scale"], float)
+    assert recorded[1][1]["scale"] == CASE.head_dim**-0.5
+    assert recorded[2][1]["scale"] == 3.0 and isinstance(recorded[2][1]["scale"], float)
+    assert recorded[1][1]["blocks"] is None  # to be chosen there
 
 
 def test_blocks_of_the_caller_are_read_instead_of_the_selection(recorded):
@@ -163,13 +218,6 @@ def test_decode_step_takes_one_query():
 
 
 # Chunks of queries.
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 def count(function, *arguments, primitive):
@@ -236,8 +284,8 @@ def test_chunks_are_no_longer_than_the_greatest(monkeypatch):
 def layer(monkeypatch):
     """Two projections around attention, in chunks; computed by the reference itself, whatever an earlier trace was."""
     monkeypatch.setattr(reference, "CHUNK_SCORES", 2000)
-    plain = ops.Implementation(reference.select_blocks, reference.attend, None)
-    monkeypatch.setitem(ops.IMPLEMENTATIONS, "xla", plain)
+    monkeypatch.setattr(ops, "_select_blocks_xla", reference.select_blocks)
+    monkeypatch.setattr(ops, "_attend_given_blocks_xla", reference.attend)
     case, inputs = CASES["plain"], make_inputs(CASES["plain"])
     matrix = jax.random.normal(jax.random.key(0), (case.head_dim, case.head_dim))
 

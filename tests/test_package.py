@@ -42,7 +42,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_library_alone(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"nsa_jax", "pallas_kernels"}
-    assert {"nsa_jax/py.typed", "pallas_kernels/py.typed", "nsa_jax/module.py"} <= set(names)
+    assert {"nsa_jax/py.typed", "pallas_kernels/py.typed", "pallas_kernels/tiles.json", "nsa_jax/module.py"} <= set(
+        names
+    )
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

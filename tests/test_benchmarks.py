@@ -1,0 +1,358 @@
+"""benchmarks/: what needs no GPU: the rule of measurement, inputs, checks, ratios, records and the table of tiles."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import io_callback
+
+import pallas_kernels
+from benchmarks import attention, checks, problems, record, report, timing, tune
+from nsa_jax import NSAConfig, ops
+from pallas_kernels.tiles import TABLE, Tiles
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SHAPE = problems.Shape(batch=1, heads=4, kv_heads=2, head_dim=8, value_head_dim=8, dtype="float32")
+SMALL = NSAConfig(compress_block=8, compress_stride=4, select_block=16, num_selected=4, window=20)
+
+
+# ---------------------------------------------------------------------------------------------------------------- timing
+
+
+class Clock:
+    """Time that passes only where a call spends it; counts calls."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.now, self.calls = seconds, 0.0, 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self) -> int:
+        self.now, self.calls = self.now + self.seconds, self.calls + 1
+        return self.calls
+
+
+@pytest.mark.parametrize(
+    ("seconds", "calls", "rounds"),
+    [(0.010, 5, 5), (0.04, 1, 5), (0.001, 50, 5), (0.0005, 50, 5), (2.0, 1, 3)],
+)
+def test_measure_queues_as_many_calls_as_fill_a_round(seconds, calls, rounds):
+    clock = Clock(seconds)
+    found = timing.measure(clock.call, clock=clock)
+    assert (found.calls, len(found.rounds_ms), found.in_loop) == (calls, rounds, False)
+    assert found.ms == pytest.approx(seconds * 1e3)
+    # One call to warm up and one to see how long it is.
+    assert clock.calls == 2 + calls * rounds
+
+
+def test_measure_is_the_median_of_the_rounds():
+    clock = Clock(0.05)
+    spent = iter([0.05, 0.05, 0.05, 0.09, 0.05, 0.07, 0.06])
+
+    def call() -> None:
+        clock.now += next(spent)
+
+    assert timing.measure(call, clock=clock).ms == pytest.approx(60)
+
+
+def test_short_calls_are_measured_in_a_loop():
+    clock, asked = Clock(50e-6), []
+
+    def loop(calls):
+        asked.append(calls)
+
+        def looped() -> None:
+            clock.now += calls * 30e-6
+
+        return looped
+
+    found = timing.measure(clock.call, loop=loop, clock=clock)
+    assert asked == [timing.CALLS_IN_LOOP] and timing.CALLS_IN_LOOP >= 20
+    assert found.in_loop and found.ms == pytest.approx(0.03)
+    asked.clear()
+    clock = Clock(200e-6)
+    assert not timing.measure(clock.call, loop=loop, clock=clock).in_loop and not asked
+
+
+@pytest.mark.parametrize("calls", [1, 7])
+def test_repeated_calls_every_time(calls):
+    seen = []
+
+    def function(x):
+        io_callback(lambda y: seen.append(float(y)), None, x[0])
+        return jnp.sin(x)
+
+    out = jax.block_until_ready(jax.jit(timing.repeated(function, calls))(jnp.ones(3)))
+    jax.effects_barrier()
+    assert seen == [1.0] * calls
+    np.testing.assert_allclose(out, np.sin(np.ones(3)), rtol=1e-6)
+
+
+def test_passes_are_compiled_timed_and_named():
+    def function(x, y):
+        return jnp.tanh(x @ y)
+
+    shapes = (jax.ShapeDtypeStruct((8, 8), jnp.float32),) * 2
+    compiled = timing.compile_all(timing.passes_jobs("dense", function, shapes, shapes[0]))
+    passes = timing.passes_from("dense", compiled)
+    x, y, cotangent = jax.random.normal(jax.random.key(0), (3, 8, 8))
+    out, vjp = jax.vjp(function, x, y)
+    first, second = passes.backward
+    for got in (passes.both.compiled(cotangent, x, y)[1], second.compiled(first.compiled(x, y)[1], cotangent)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, vjp(cotangent))
+    np.testing.assert_allclose(passes.forward.compiled(x, y), out, rtol=1e-5)
+    entries = timing.time_passes(passes, (x, y), cotangent)
+    assert list(entries) == ["forward", "backward", "both"]
+    assert all(entry["ms"] > 0 for entry in entries.values()) and entries["both"]["temporary_bytes"] >= 0
+    json.dumps(entries)
+
+
+def test_a_failure_is_recorded_in_the_place_of_its_time():
+    def broken(x):
+        raise ValueError("does not fit")
+
+    shape = jax.ShapeDtypeStruct((2,), jnp.float32)
+    compiled = timing.compile_all(timing.passes_jobs("broken", broken, (shape,), shape))
+    entries = timing.time_passes(timing.passes_from("broken", compiled), (jnp.ones(2),), jnp.ones(2))
+    assert entries == {which: {"error": "ValueError: does not fit"} for which in report.PASSES}
+    row = {"kv_heads": 4, "length": 8, "full": entries}
+    assert report.errors(row)[0] == "  K=4 length=8 full forward: ValueError: does not fit"
+
+
+# ---------------------------------------------------------------------------------------------------------------- inputs
+
+
+def test_union_sizes_by_hand():
+    #             queries 0 and 1: {0 2 5} and {0 3 5}; 2 and 3: {1} and {1 2}; 4 has no neighbour
+    head = [[0, 2, 5], [0, 3, 5], [1, -1, -1], [1, 2, -1], [7, 8, 9]]
+    same = [[0, 1, 2]] * 5
+    blocks = jnp.asarray([head, same], jnp.int32).swapaxes(0, 1)[None]
+    assert problems.mean_union(blocks, 1) == pytest.approx(((3 + 3 + 1 + 2 + 3) / 5 + 3) / 2)
+    assert problems.mean_union(blocks, 2) == pytest.approx(((4 + 2) / 2 + 3) / 2)
+    assert problems.mean_union(blocks, 4) == pytest.approx((5 + 3) / 2)  # 0 1 2 3 5
+    assert math.isnan(problems.mean_union(blocks, 8))
+    assert list(problems.union_sizes(blocks)) == ["2", "4", "8", "16"]
+
+
+def test_alike_queries_share_a_part_within_a_run():
+    queries = np.asarray(problems.alike_queries(jax.random.key(0), (1, 200, 8, 64), 0.9)).reshape(200, -1)
+
+    def correlation(i, j):
+        return np.corrcoef(queries[i], queries[j])[0, 1]
+
+    assert queries.std() == pytest.approx(1.0, abs=0.05)
+    assert correlation(0, 1) == pytest.approx(0.9, abs=0.05) and correlation(64, 127) == pytest.approx(0.9, abs=0.05)
+    assert abs(correlation(63, 64)) < 0.2 and abs(correlation(0, 199)) < 0.2
+    with pytest.raises(ValueError, match=r"alike=1.5 must be in \[0, 1\]"):
+        problems.alike_queries(jax.random.key(0), (1, 2, 1, 1), 1.5)
+
+
+def test_alike_inputs_choose_alike_blocks():
+    sizes = {}
+    for kind in ("random", "alike"):
+        operands, cotangent = problems.draw(0, shape=SHAPE, length=256, config=SMALL, kind=kind)
+        assert operands.compressed.key.shape[1] == SMALL.num_compressed(256) and cotangent.shape == (1, 256, 4, 8)
+        blocks = ops.select_blocks(operands.query, operands.compressed.key, config=SMALL, num_keys=256)
+        sizes[kind] = problems.mean_union(blocks, 8)
+    assert SMALL.num_selected <= sizes["alike"] < sizes["random"]
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="heads=4 must be a multiple of kv_heads=3"):
+        problems.Shape(1, 4, 3, 8, 8, "float32")
+
+
+# ---------------------------------------------------------------------------------------------------------------- checks
+
+
+def test_a_right_implementation_passes_the_check():
+    [found] = checks.check_kernels(SHAPE, length=32, config=SMALL, kinds=("random",), alike=0.9, name="xla")
+    assert found["length"] == 32 and found["tied_rows_that_differ"] == 0
+    names = {"out", "dquery", "dgates"} | {
+        f"d{branch}.{x}" for branch in ("compressed", "selected", "window") for x in ("key", "value")
+    }
+    assert found["errors"].keys() == names and max(found["errors"].values()) < 1e-4
+
+
+def test_a_wrong_gradient_is_found():
+    right = {"query": jnp.ones((2, 3)), "gates": jnp.ones(2)}
+    wrong = right | {"query": right["query"].at[1, 2].add(0.01)}
+    checks.judge_all((jnp.ones(3), right), (jnp.ones(3), right), (jnp.ones(3), right))
+    with pytest.raises(AssertionError, match=r"dquery: error 0\.01 at \(1, 2\)"):
+        checks.judge_all((jnp.ones(3), wrong), (jnp.ones(3), right), (jnp.ones(3), right))
+
+
+def test_a_wrong_tail_is_found(monkeypatch):
+    monkeypatch.setattr(checks, "TAIL", 16)
+    operands, cotangent = problems.draw(0, shape=SHAPE, length=48, config=SMALL)
+    blocks = ops.select_blocks(operands.query, operands.compressed.key, config=SMALL, num_keys=48)
+    out, gradient = jax.jit(checks.gradients(SMALL, "xla"))(operands, blocks, cotangent)
+    tail = (operands, cotangent, blocks)
+    assert checks.check_tail(*tail, out, problems.Operands(**gradient), config=SMALL)["queries"] == 16
+    with pytest.raises(AssertionError, match="out: error"):
+        checks.check_tail(*tail, out.at[0, -1].add(0.1), problems.Operands(**gradient), config=SMALL)
+
+
+def test_choices_may_differ_only_where_scores_tie():
+    operands, _ = problems.draw(0, shape=SHAPE, length=256, config=SMALL)
+    blocks = ops.select_blocks(operands.query, operands.compressed.key, config=SMALL, num_keys=256)
+    assert checks.judge_choice(blocks, blocks, operands, config=SMALL) == 0
+    last = blocks[0, 255, 1].tolist()
+    other = next(block for block in range(15) if block not in last)
+    wrong = blocks.at[0, 255, 1].set(jnp.asarray(sorted([last[0], other, *last[2:]]), jnp.int32))
+    with pytest.raises(AssertionError, match="query 255, key/value head 1 chose"):
+        checks.judge_choice(wrong, blocks, operands, config=SMALL)
+    # Without queries all visible tokens score the same.
+    tied = operands._replace(query=jnp.zeros_like(operands.query))
+    assert checks.judge_choice(wrong, blocks, tied, config=SMALL) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- reports
+
+
+@pytest.mark.parametrize(
+    ("measured", "tokens"),
+    [
+        ([(4096, 0.5), (16384, 2.0)], 8192),
+        ([(16384, 2.0), (4096, 0.5)], 8192),
+        ([(4096, 0.5), (8192, 1.0)], 8192),
+        ([(4096, 1.2), (8192, 0.5), (32768, 2.0)], 16384),
+        ([(4096, 1.5), (8192, 3.0)], 4096),
+        ([(4096, 0.5), (8192, 0.9)], None),
+        ([], None),
+    ],
+)
+def test_break_even_is_interpolated_in_logarithms(measured, tokens):
+    found = report.break_even(measured)
+    assert found.tokens == (None if tokens is None else pytest.approx(tokens))
+
+
+def test_ratios_of_what_was_measured():
+    full = {"forward": {"ms": 10.0}, "backward": {"error": "no memory"}, "both": {"ms": 30.0}}
+    nsa = {"forward": {"ms": 4.0}, "backward": {"ms": 8.0}, "both": {"error": "no memory"}}
+    assert report.ratios(full, nsa) == {"forward": 2.5}
+    assert report.ratios({"skipped": "float32"}, nsa) == {}
+
+
+# --------------------------------------------------------------------------------------------------------------- records
+
+
+def test_no_gpu_is_said(capsys):
+    assert attention.main(["--lengths", "64"]) == 2
+    assert "benchmarks.attention needs a GPU" in (said := capsys.readouterr().err) and "this device is cpu" in said
+    assert tune.main([]) == 2
+    assert "benchmarks.tune needs a GPU" in capsys.readouterr().err
+    assert tune.main(["--kernels", "nothing"]) == 2
+    assert "there are no kernels ['nothing']" in capsys.readouterr().err
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The CPU stands for a GPU, and the reference for the kernels."""
+    monkeypatch.setattr(record, "gpu", lambda program: jax.devices()[0])
+    monkeypatch.setattr(pallas_kernels, "why_not_here", lambda: None)
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas", ops.IMPLEMENTATIONS["xla"])
+
+
+SIZES = ["--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--value-head-dim", "8", "--batch", "1", "--no-parts"]
+
+
+def test_a_run_writes_its_record(as_on_a_gpu, monkeypatch, tmp_path: Path, capsys):
+    right = {"length": 40, "inputs": "random", "errors": {"out": 0.0}, "tied_rows_that_differ": 0}
+    monkeypatch.setattr(checks, "check_kernels", lambda shape, **more: [right])
+    pytest.importorskip("matplotlib", reason="figures are part of nsa-jax[train]")
+    path, picture = tmp_path / "out" / "record.json", tmp_path / "figure.png"
+    arguments = ["--lengths", "40", *SIZES, "--inputs", "random", "--json", str(path), "--plot", str(picture)]
+    assert attention.main(arguments) == 0
+    written = json.loads(path.read_text())
+    assert written.keys() >= {*record.FIELDS, "options", "config", "checks", "results", "break_even"}
+    assert written["command"] == " ".join(["python -m benchmarks.attention", *arguments])
+    assert written["device"]["kind"] == jax.devices()[0].device_kind and written["packages"]["jax"] == jax.__version__
+    assert written["checks"] == [{"kv_heads": 1} | right]
+    [row] = written["results"]
+    assert row.keys() >= {
+        "kv_heads",
+        "length",
+        "nsa",
+        "full",
+        "window",
+        "shipped",
+        "peer",
+        "ratios",
+        "unions",
+        "checks",
+    }
+    entry = row["nsa"]["random"]["both"]
+    assert entry["ms"] > 0 and entry["calls"] >= 1 and entry["temporary_bytes"] >= 0
+    # There is no cuDNN here: its entries are errors, and the run goes on.
+    assert "error" in row["full"]["forward"] and "skipped" in row["shipped"] and "skipped" in row["peer"]
+    assert picture.stat().st_size > 1000
+    said = capsys.readouterr().out
+    assert "correct at 40 tokens, random inputs" in said and "shipped is skipped" in said and "Failed:" in said
+
+
+def test_wrong_kernels_have_no_time(as_on_a_gpu, monkeypatch, tmp_path: Path, capsys):
+    right = ops.IMPLEMENTATIONS["xla"]
+    wrong = right._replace(attend=lambda *arguments, **more: 1.1 * right.attend(*arguments, **more))
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas", wrong)
+    path = tmp_path / "record.json"
+    assert attention.main(["--lengths", "40", *SIZES, "--inputs", "random", "--json", str(path)]) == 1
+    assert "so they have no time" in capsys.readouterr().err
+    assert json.loads(path.read_text())["results"] == []
+
+
+def test_file_names_of_devices():
+    assert record.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+# ----------------------------------------------------------------------------------------------------------------- tiles
+
+
+def entry(group: int = 16, **tiles: list[int]) -> dict:
+    place = {"device": "NVIDIA H200", "compute_capability": "9.0", "dtype": "bfloat16"}
+    return place | {"head_dim": 128, "value_head_dim": 128, "group": group, "jax": "0.11.2", "tiles": tiles}
+
+
+def test_the_table_is_written_as_it_is_kept():
+    kept = TABLE.read_text()
+    assert tune.format_table(json.loads(kept)) == kept
+    made = tune.merged(json.loads(kept), entry(2, choice=[1, 0, 1, 1]) | {"length": 32768, "commit": None})
+    assert json.loads(tune.format_table(made)) == made
+    assert tune.format_table(json.loads(tune.format_table(made))) == tune.format_table(made)
+
+
+def test_entries_are_merged_by_key_and_sorted():
+    before = [entry(16, scores=[64, 32, 4, 2], choice=[1, 0, 1, 1])]
+    after = tune.merged(before, entry(4, scores=[32, 32, 4, 2]))
+    assert [each["group"] for each in after] == [4, 16]
+    # A new entry replaces the one of its key, but for kernels that were not tuned.
+    after = tune.merged(after, entry(16, scores=[128, 32, 8, 2]) | {"jax": "0.12.0"})
+    assert [each["group"] for each in after] == [4, 16] and after[1]["jax"] == "0.12.0"
+    assert after[1]["tiles"] == {"scores": [128, 32, 8, 2], "choice": [1, 0, 1, 1]}
+    assert before[0]["tiles"]["scores"] == [64, 32, 4, 2]
+
+
+def test_every_kernel_with_a_tile_has_candidates():
+    tiled = {field.name for field in dataclasses.fields(Tiles)} - {"by_block"}
+    assert tiled == tune.CANDIDATES.keys()
+    for kernel, candidates in tune.CANDIDATES.items():
+        assert len(set(candidates)) == len(candidates)
+        fitting = [tile for tile in candidates if tune.fits(kernel, tile, 128, 128, 2, 64)]
+        assert len(fitting) >= 3, kernel
+
+
+def test_a_different_result_is_no_tile():
+    right = (jnp.ones((8, 4), jnp.bfloat16), jnp.zeros((2000, 3), jnp.int32))
+    assert tune.disagreement(right, right) is None
+    assert tune.disagreement((right[0].at[0, 0].set(1.01), right[1]), right) is None
+    assert "an error of" in (tune.disagreement((right[0].at[0, 0].set(1.1), right[1]), right) or "")
+    assert "an error of nan" in (tune.disagreement((right[0].at[0, 0].set(jnp.nan), right[1]), right) or "")
+    assert tune.disagreement((right[0], right[1].at[0, 0].set(1)), right) is None
+    assert "rows of indices" in (tune.disagreement((right[0], right[1].at[:9].set(1)), right) or "")

@@ -1,0 +1,588 @@
+"""The kernels, interpreted on a CPU, with small tiles: against loops in float64, and against worked examples.
+
+The time here goes to compiling interpreted kernels, seven seconds for a case with gradients. So a case is one program, of which
+one test asks all it can, and a case whose gradients are formed as another's has none here (`FORWARD_ONLY`).
+"""
+
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.ad_checkpoint import print_saved_residuals
+
+import pallas_kernels
+from nsa_jax import KeyValue, NSAConfig, nsa_attention, reference, save_attention
+from nsa_jax.ops import SAVED_NAMES, Implementation
+from nsa_jax.testing import CASES, SMALL, Case, Inputs, assert_as_accurate, assert_best_blocks, make_inputs
+from pallas_kernels import block_selection, inverse_lists, tiles
+from pallas_kernels.flash import Ranges, Tile, head_parts
+from pallas_kernels.inverse_lists import Lists, cut, invert
+from pallas_kernels.positions import (
+    BlockRanges,
+    Positions,
+    candidate_blocks,
+    compressed_ranges,
+    positions,
+    token_ranges,
+    window_ranges,
+)
+from tests import oracle
+from tests.programs import QUICK
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
+
+attention = importlib.import_module("pallas_kernels.attention")
+
+# No two alike where kernels could mistake one for another.
+SIZES = dict(
+    window_forward=(32, 16),
+    window_dq=(16, 32),
+    window_dkv=(32, 16),
+    compressed_forward=(32, 16),
+    compressed_dq=(16, 16),
+    compressed_dkv=(16, 16),
+    scores=(32, 16),
+    choice=(4, 0),
+)
+
+
+def kernels_of(*, by_block: bool) -> Implementation:
+    """Small tiles; the selected branch by query or by block."""
+    rule = tiles.rule("float32", 16, 16, 1)
+    small = {name: Tile(rows, keys, 4, 2) for name, (rows, keys) in SIZES.items()}
+    selected = {
+        name: tile._replace(rows=min(16, tile.rows)) for name, tile in vars(rule).items() if name[:8] == "selected"
+    }
+    options = dict(tiles=dataclasses.replace(rule, **small, **selected, by_block=by_block), interpret=True)
+    return Implementation(
+        functools.partial(pallas_kernels.select_blocks, **options), functools.partial(pallas_kernels.attend, **options)
+    )
+
+
+BY_QUERY, BY_BLOCK = kernels_of(by_block=False), kernels_of(by_block=True)
+REFERENCE = Implementation(reference.select_blocks, reference.attend)
+
+
+@pytest.fixture
+def cut_small(monkeypatch):
+    """What is cut into chunks and pieces at lengths of thousands is cut at 70 tokens; a piece is at least a block long."""
+
+    def cut_small(config: NSAConfig) -> None:
+        monkeypatch.setattr(block_selection, "MAX_SCRATCH", 4096)
+        monkeypatch.setattr(inverse_lists, "PIECE", config.select_block)
+
+    return cut_small
+
+
+class Solution(NamedTuple):
+    out: Any
+    gradients: tuple  # of query, the three branches' keys and values, gates
+    blocks: Any  # its own choice
+
+
+def program(case: Case, implementation: Implementation, *, gradients: bool = True) -> Callable[..., Solution]:
+    """Attention to the given blocks (inputs, blocks, cotangent), compiled; each call of this function traces anew."""
+
+    def run(inputs, blocks, cotangent):
+        where = dict(config=case.config, scale=case.head_dim**-0.5)
+        where.update(query_start=inputs.query_start, segment_ids=inputs.segment_ids)
+        own = implementation.select_blocks(inputs.query, inputs.compressed.key, num_keys=case.keys, **where)
+
+        def attend(*tensors):
+            return implementation.attend(*tensors, blocks, window_start=inputs.window_start, **where)
+
+        if not gradients:
+            return Solution(attend(*inputs[:5]), (), own)
+        out, backward = jax.vjp(attend, *inputs[:5])
+        return Solution(out, backward(cotangent), own)
+
+    return jax.jit(run, compiler_options=QUICK)
+
+
+class Problem(NamedTuple):
+    """A case in a dtype, and what the oracle makes of it."""
+
+    case: Case
+    inputs: Inputs
+    cotangent: jax.Array
+    exact: Solution
+
+    @property
+    def arguments(self):
+        return self.inputs, self.exact.blocks, self.cotangent
+
+    @property
+    def choice(self):
+        """Arguments of the choice of blocks."""
+        where = dict(query_start=self.inputs.query_start, segment_ids=self.inputs.segment_ids)
+        return dict(config=self.case.config, num_keys=self.case.keys, **where)
+
+
+def pose(case: Case, dtype: str = "float32") -> Problem:
+    inputs = make_inputs(case, dtype=dtype)
+    if dtype == "bfloat16":
+        # Gates may be wider than the rest.
+        inputs = inputs._replace(gates=inputs.gates.astype(jnp.float32))
+    shape = (case.batch, case.queries, case.heads, case.value_head_dim)
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(shape), dtype)
+    problem = Problem(case, inputs, cotangent, Solution(None, None, None))
+    blocks = oracle.select_blocks(inputs.query, inputs.compressed.key, **problem.choice)
+    where = dict(query_start=inputs.query_start, window_start=inputs.window_start, segment_ids=inputs.segment_ids)
+    where.update(config=case.config, selected_blocks=blocks)
+    gradients = oracle.gradients(*inputs[:5], cotangent, **where)
+    return problem._replace(exact=Solution(oracle.attention(*inputs[:5], **where), tuple(gradients), blocks))
+
+
+def assert_solves(actual: Solution, problem: Problem, reference: Solution | None = None) -> None:
+    """As accurate as `reference`, or where there is none, exact but for rounding."""
+    leaves = jax.tree_util.tree_flatten_with_path((actual.out, actual.gradients))[0]
+    exact = jax.tree.leaves((problem.exact.out, problem.exact.gradients if actual.gradients else ()))
+    if reference is None:
+        others = [jnp.asarray(x, jnp.float32) for x in exact]
+    else:
+        others = jax.tree.leaves((reference.out, reference.gradients))
+    for (path, got), want, ideal in zip(leaves, others, exact, strict=True):
+        # Wider gates have a gradient as wide, but it comes of outputs that are kept in the values' dtype.
+        got, want = got.astype(problem.cotangent.dtype), want.astype(problem.cotangent.dtype)
+        assert_as_accurate(got, want, ideal, name=jax.tree_util.keystr(path))
+    scores = oracle.importance(problem.inputs.query, problem.inputs.compressed.key, **problem.choice)
+    assert_best_blocks(actual.blocks, problem.exact.blocks, scores)
+
+
+# Every case.
+
+# Their backward pass is that of "plain", "shorter_than_compress_block" or "segments_unaligned".
+FORWARD_ONLY = {
+    "one_token",
+    "exactly_compress_block",
+    "one_past_select_block",
+    "no_overlap",
+    "nothing_forced",
+    "many_forced",
+    "window_1",
+    "window_longer_than_text",
+    "query_start",
+    "segments_aligned",
+}
+# Of the two ways through the selected branch, by query and by block, each meets what it treats in its own way.
+GO_BY_BLOCK = {
+    "plain",
+    "one_token",
+    "shorter_than_compress_block",
+    "odd_length",
+    "group_1",
+    "group_5",
+    "group_16",
+    "segments_unaligned",
+    "one_query_late",
+    "nothing_forced",
+    "window_1",
+}
+RUNS = [(name, "float32", name in GO_BY_BLOCK) for name in CASES]
+RUNS += [("segments_and_start", "bfloat16", True), ("odd_length", "float16", False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "by_block"), RUNS, ids=[f"{n}-{d}-{'by_block' if b else 'by_query'}" for n, d, b in RUNS]
+)
+def test_kernels_are_as_accurate_as_the_reference(name, dtype, by_block, cut_small):
+    """And they read nothing that they may not: with NaN in it, every result keeps its bits."""
+    cut_small(CASES[name].config)
+    problem, gradients = pose(CASES[name], dtype), name not in FORWARD_ONLY
+    run = program(problem.case, BY_BLOCK if by_block else BY_QUERY, gradients=gradients)
+    actual = run(*problem.arguments)
+    reference = None
+    if dtype != "float32":
+        reference = program(problem.case, REFERENCE, gradients=gradients)(*problem.arguments)
+    assert_solves(actual, problem, reference)
+
+    unread = [~mask for mask in read_keys(problem)]
+    inputs, *others = problem.arguments
+    poisoned = run(with_nan(inputs, unread), *others)
+    for got, want in zip(jax.tree.leaves(poisoned), jax.tree.leaves(actual), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    for mask, pair in zip(unread, actual.gradients[1:4], strict=False):
+        assert not np.any(np.asarray(pair.key)[mask]) and not np.any(np.asarray(pair.value)[mask])
+
+
+def read_keys(problem: Problem) -> list[np.ndarray]:
+    """Of each branch, which keys any query reads, [B, length, K]."""
+    case, inputs = problem.case, problem.inputs
+    where = inputs.query_start, inputs.window_start, inputs.segment_ids
+    posed = oracle.Problem(*inputs[:5], case.config, None, *where, problem.exact.blocks)
+    read = [np.zeros(pair.key.shape[:3], bool) for pair in posed.pairs]
+    for b, r, k in np.ndindex(case.batch, case.queries, case.kv_heads):
+        for branch, mask in enumerate(read):
+            mask[b, posed.seen(branch, b, r, k * posed.group), k] = True
+    return read
+
+
+def with_nan(inputs: Inputs, masks: list[np.ndarray]) -> Inputs:
+    pairs = [
+        KeyValue(*(jnp.where(mask[..., None], jnp.nan, array) for array in pair))
+        for pair, mask in zip(inputs[1:4], masks, strict=True)
+    ]
+    return Inputs(inputs.query, *pairs, *inputs[4:])
+
+
+@pytest.mark.parametrize("implementation", [BY_QUERY, BY_BLOCK], ids=["by_query", "by_block"])
+def test_most_keys_are_not_read(implementation, cut_small):
+    """Past the last query, before every window, in blocks that no query was given: all hold NaN."""
+    cut_small(SMALL)
+    problem = pose(dataclasses.replace(CASES["query_start"], query_start=50))
+    case, inputs = problem.case, problem.inputs
+    blocks = np.broadcast_to(np.array([1, 3, -1, -1], np.int32), problem.exact.blocks.shape)
+    problem = problem._replace(exact=problem.exact._replace(blocks=blocks))
+    read = read_keys(problem)
+    assert [mask.sum(axis=1)[0, 0] for mask in read] == [18, 32, 48]  # of 21, 90, 90
+    out = program(case, implementation, gradients=False)(with_nan(inputs, [~mask for mask in read]), blocks, None).out
+    exact = oracle.attention(*inputs[:5], config=case.config, query_start=50, selected_blocks=blocks)
+    assert_as_accurate(out, jnp.asarray(exact, jnp.float32), exact)
+
+
+# Planted faults: each must be seen by the comparison above.
+
+
+def longer_window(*arguments, **sizes):
+    low, high = window_ranges(*arguments, **sizes)
+    return Ranges(jnp.maximum(low - 1, 0), high)
+
+
+def early_compressed_token(where, *, config):
+    return compressed_ranges(where._replace(last=where.last + 1), config=config)
+
+
+def token_too_many(where):
+    return Ranges(where.first, where.last + 2)
+
+
+def segment_without_its_first_token(*arguments, **sizes):
+    where = positions(*arguments, **sizes)
+    return where._replace(first=where.first + (where.first > 0))
+
+
+FAULTS = {
+    "window_ranges": (window_ranges, longer_window),
+    "compressed_ranges": (compressed_ranges, early_compressed_token),
+    "token_ranges": (token_ranges, token_too_many),
+    "positions": (positions, segment_without_its_first_token),
+}
+
+
+def test_planted_faults_are_found(monkeypatch):
+    """One program for all: `fault` is traced, and chooses among right and wrong arrays of positions."""
+    problem = pose(CASES["segments_unaligned"])
+    inputs, blocks, _ = problem.arguments
+    faults = [None]
+
+    def faulty(index, right, wrong):
+        def function(*arguments, **sizes):
+            pairs = right(*arguments, **sizes), wrong(*arguments, **sizes)
+            return jax.tree.map(lambda right, wrong: jnp.where(faults[0] == index, wrong, right), *pairs)
+
+        return function
+
+    for index, (name, functions) in enumerate(FAULTS.items()):
+        monkeypatch.setattr(attention, name, faulty(index, *functions))
+    run = program(problem.case, BY_QUERY, gradients=False).__wrapped__
+
+    def run_with(inputs, blocks, fault):
+        faults[0] = fault
+        return run(inputs, blocks, None)
+
+    run_with = jax.jit(run_with, compiler_options=QUICK)
+    assert_solves(run_with(inputs, blocks, -1), problem)
+    for index, name in enumerate(FAULTS):
+        actual = run_with(inputs, blocks, index)
+        with pytest.raises(AssertionError, match=r"\[0\]: error"):
+            assert_solves(actual, problem)
+            pytest.fail(f"{name}: not found")
+    last = blocks == blocks.max(axis=-1, keepdims=True)
+    dropped = run_with(inputs, np.where(last, -1, blocks), -1)
+    with pytest.raises(AssertionError, match=r"\[0\]: error"):
+        assert_solves(dropped, problem)
+
+
+# The choice of blocks.
+
+
+def choose(case: Case, inputs: Inputs) -> jax.Array:
+    where = dict(query_start=inputs.query_start, segment_ids=inputs.segment_ids, scale=case.head_dim**-0.5)
+    choose = functools.partial(BY_QUERY.select_blocks, config=case.config, num_keys=case.keys)
+    return jax.jit(lambda inputs: choose(inputs.query, inputs.compressed.key, **where), compiler_options=QUICK)(inputs)
+
+
+@pytest.mark.parametrize(
+    "config", [NSAConfig(32, 16, 48, 5, 1, 1), NSAConfig(4, 1, 16, 3, 1, 1), NSAConfig(16, 4, 40, 3, 1, 1)], ids=str
+)
+def test_choice_with_blocks_of_3_16_and_10_units(config, cut_small):
+    cut_small(config)
+    case = Case(config=config, queries=50, keys=260, query_start=210)
+    inputs = make_inputs(case)
+    wanted = oracle.select_blocks(inputs.query, inputs.compressed.key, config=config, num_keys=260, query_start=210)
+    np.testing.assert_array_equal(choose(case, inputs), wanted)
+
+
+def test_wrong_weights_are_found(monkeypatch):
+    """Each compressed token counted for one block alone, once."""
+    case = Case(queries=20, keys=200, query_start=180)
+    inputs, select = make_inputs(case), block_selection.select
+    arguments = dict(config=case.config, num_keys=case.keys, query_start=case.query_start)
+    wanted = oracle.select_blocks(inputs.query, inputs.compressed.key, **arguments)
+    scores = oracle.importance(inputs.query, inputs.compressed.key, **arguments)
+    assert_best_blocks(choose(case, inputs), wanted, scores)
+
+    def unweighted(*arguments, config, **sizes):
+        return select(*arguments, config=dataclasses.replace(config, compress_block=config.compress_stride), **sizes)
+
+    monkeypatch.setattr(block_selection, "select", unweighted)
+    with pytest.raises(AssertionError, match="blocks at .* score"):
+        assert_best_blocks(choose(case, inputs), wanted, scores)
+
+
+def test_ties_go_to_the_lower_index():
+    """In each row all scores but the forced blocks' are tied: 0 and the last two are forced, the fourth is block 1."""
+    case = Case(config=SMALL, queries=5, keys=200, query_start=195)
+    inputs = make_inputs(case)
+    tied = inputs._replace(compressed=jax.tree.map(jnp.zeros_like, inputs.compressed))
+    assert choose(case, tied)[0, :, 0].tolist() == [[0, 1, 11, 12]] * 5
+
+
+# With the tiles of a GPU, through the public function.
+
+
+def test_public_function_with_blocks_of_the_caller():
+    """Unordered, repeated, unused, unknown and future ones."""
+    case, inputs = CASES["plain"], make_inputs(CASES["plain"])
+    blocks = np.random.default_rng(2).integers(-2, 9, (case.batch, case.queries, case.kv_heads, 7)).astype(np.int32)
+    blocks, outs = jnp.asarray(blocks), {}
+    for implementation in ("pallas_interpret", "xla"):
+
+        def run(query, implementation=implementation):
+            tensors = inputs.keywords()
+            out, backward = jax.vjp(
+                lambda query: nsa_attention(
+                    query, **tensors, config=case.config, selected_blocks=blocks, implementation=implementation
+                ),
+                query,
+            )
+            return out, backward(out)
+
+        outs[implementation] = jax.jit(run, compiler_options=QUICK)(inputs.query)
+    for got, want in zip(*map(jax.tree.leaves, outs.values()), strict=True):
+        assert_as_accurate(got, want, want)
+
+
+def network(implementation: str, layer_of=lambda layer: layer):
+    """Loss of two scanned layers of attention, with traced positions."""
+    case = dataclasses.replace(CASES["query_start"], queries=19, keys=40)
+    inputs = make_inputs(case)
+
+    def loss(matrices, start):
+        def layer(x, matrix):
+            places = dict(query_start=start, window_start=start - 3, implementation=implementation, config=case.config)
+            keywords = {**inputs.keywords(), **places}
+            return x + nsa_attention(jnp.tanh(x @ matrix), **keywords), None
+
+        x, _ = lax.scan(layer_of(layer), inputs.query, matrices)
+        return (x**2).sum()
+
+    matrices = np.random.default_rng(3).standard_normal((2, case.head_dim, case.head_dim), np.float32)
+    return loss, jnp.asarray(matrices)
+
+
+saved = functools.partial(jax.checkpoint, policy=save_attention)
+
+
+def test_kernels_under_vmap_grad_scan_and_checkpoint():
+    gradients = []
+    for implementation, layer_of in (("pallas_interpret", saved), ("xla", lambda layer: layer)):
+        loss, matrices = network(implementation, layer_of)
+        batch = jnp.stack([matrices, -matrices]), jnp.asarray([21, 7], jnp.int32)
+        gradients.append(jax.jit(jax.vmap(jax.value_and_grad(loss)), compiler_options=QUICK)(*batch))
+    for got, want in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * np.abs(want).max())
+
+
+def test_save_attention_keeps_what_the_kernels_computed(capsys):
+    """JAX's own pass drops no kernel from a jaxpr: that none runs twice is seen in the program compiled for a GPU."""
+    case, inputs = CASES["query_start"], make_inputs(CASES["query_start"])
+
+    def layer(query):
+        query = jnp.tanh(query)
+        return nsa_attention(query, **inputs.keywords(), config=case.config, implementation="pallas_interpret")
+
+    print_saved_residuals(saved(layer), inputs.query)
+    names = re.findall(r"named '(.*?)'", capsys.readouterr().out)
+    assert sorted(names) == sorted(set(SAVED_NAMES) - {"nsa_out"})
+
+
+# Positions, by hand. Compressed token i ends at 4i + 7, block j holds 16j .. 16j + 15, the window holds 3.
+
+HAND = NSAConfig(compress_block=8, compress_stride=4, select_block=16, num_selected=4, window=3)
+
+
+def as_lists(arrays: Any) -> Any:
+    return type(arrays)(*(np.asarray(array).tolist() for array in arrays))
+
+
+def test_positions():
+    found = positions(jnp.asarray([3, 0], jnp.int32), None, batch=2, num_queries=3, num_keys=5)
+    # The query at 5 stands past the last key, 4.
+    assert as_lists(found) == Positions([[3, 4, 5], [0, 1, 2]], [[3, 4, 4], [0, 1, 2]], [[0, 0, 0]] * 2)
+    segment_ids = jnp.asarray([[2, 2, 2, 5, 5]], jnp.int32)
+    found = positions(1, segment_ids, batch=1, num_queries=5, num_keys=5)
+    assert as_lists(found) == Positions([[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 4]], [[0, 0, 3, 3, 3]])
+
+
+def at(*position: int, first: int = 0, num_keys: int = 99) -> Positions:
+    position = jnp.asarray([position], jnp.int32)
+    return Positions(position, jnp.minimum(position, num_keys - 1), jnp.full_like(position, first))
+
+
+def test_token_ranges():
+    assert as_lists(token_ranges(at(0, 5, 9))) == Ranges([[0, 0, 0]], [[1, 6, 10]])
+    assert as_lists(token_ranges(at(5, 9, first=4, num_keys=8))) == Ranges([[4, 4]], [[6, 8]])
+
+
+def test_window_ranges():
+    def ranges(where, start, length=20):
+        return as_lists(window_ranges(where, start, length=length, config=HAND))
+
+    assert ranges(at(0, 1, 5), 0) == Ranges([[0, 0, 3]], [[1, 2, 6]])
+    assert ranges(at(0, 1, 5), -2) == Ranges([[2, 2, 5]], [[3, 4, 8]])  # indices 0 and 1 have negative positions
+    assert ranges(at(5, 9), jnp.asarray([4], jnp.int32)) == Ranges([[0, 3]], [[2, 6]])  # 3 is before the first key
+    assert ranges(at(5, 9), 0, length=7) == Ranges([[3, 7]], [[6, 7]])  # the query at 9 reads nothing
+    assert ranges(at(5, 6, first=5), 0) == Ranges([[5, 5]], [[6, 7]])
+
+
+def test_compressed_ranges():
+    assert as_lists(compressed_ranges(at(0, 6, 7, 10, 11, 12), config=HAND)) == Ranges([[0] * 6], [[0, 0, 1, 1, 2, 2]])
+    # A segment from 5 on: token 2 is 8 .. 15, token 1 begins at 4. A query at 14 reads nothing, low 2 and high 2.
+    assert as_lists(compressed_ranges(at(14, 15, 19, first=5), config=HAND)) == Ranges([[2, 2, 2]], [[2, 3, 4]])
+    assert as_lists(compressed_ranges(at(12, 40, num_keys=13), config=HAND)) == Ranges([[0, 0]], [[2, 2]])
+
+
+def test_candidate_blocks():
+    assert as_lists(candidate_blocks(at(0, 15, 16, 40), config=HAND)) == BlockRanges([[0] * 4], [[0, 0, 1, 2]])
+    assert as_lists(candidate_blocks(at(33, 60, first=31, num_keys=48), config=HAND)) == BlockRanges([[1, 1]], [[2, 2]])
+
+
+# Inverted lists.
+
+
+def chosen_at_random(shape: tuple[int, int, int, int], num_blocks: int) -> np.ndarray:
+    """Ascending, some slots unused."""
+    random = np.random.default_rng(4)
+    blocks = np.full(shape, -1, np.int32)
+    for at in np.ndindex(shape[:3]):
+        count = random.integers(0, min(shape[3], num_blocks) + 1)
+        blocks[at][:count] = np.sort(random.choice(num_blocks, count, replace=False))
+    return blocks
+
+
+def test_invert_lists_the_queries_of_each_block():
+    blocks, num_blocks = chosen_at_random((2, 13, 3, 4), 6), 6
+    wanted = [
+        [t for t in range(13) if j in blocks[b, t, k]] for b in range(2) for k in range(3) for j in range(num_blocks)
+    ]
+    query, ends = jax.jit(functools.partial(invert, num_blocks=num_blocks))(blocks)
+    assert ends.tolist() == np.cumsum([len(row) for row in wanted]).tolist()
+    assert query[: ends[-1]].tolist() == [t for row in wanted for t in row]
+
+
+def test_cut_covers_each_list_once(monkeypatch):
+    monkeypatch.setattr(inverse_lists, "PIECE", 4)
+    lengths = [0, 9, 4, 0, 1, 5, 0]
+    ends = np.cumsum(lengths).astype(np.int32)
+    pieces = jax.jit(lambda lists: cut(lists))(Lists(jnp.zeros(25, jnp.int32), jnp.asarray(ends)))
+    wanted = [(1, 0, 4), (1, 4, 8), (1, 8, 9), (2, 9, 13), (4, 13, 14), (5, 14, 18), (5, 18, 19)]
+    used = np.asarray(pieces.begin) < np.asarray(pieces.end)
+    found = np.stack([pieces.block, pieces.begin, pieces.end], axis=1)[used]
+    assert list(map(tuple, found.tolist())) == wanted
+    assert pieces.ends.tolist() == [0, 3, 4, 4, 5, 7, 7]
+    assert pieces.list_begin[used].tolist() == [0, 0, 0, 9, 13, 14, 14]
+
+
+# Tiles.
+
+
+@pytest.mark.parametrize("size", range(1, 257))
+def test_parts_cover_a_head_once(size):
+    parts = head_parts(size)
+    assert 1 <= len(parts) <= 2 and parts[0].start == 0
+    for part, following in itertools.pairwise(parts):
+        assert part.start + part.width == following.start and not part.masked
+    assert all(part.width >= 16 and part.width & (part.width - 1) == 0 and part.size == size for part in parts)
+    last = parts[-1]
+    assert last.start < size <= last.start + last.width
+    assert last.masked == (last.start + last.width > size)
+
+
+TABLE = """[
+  {"device": "A Card", "compute_capability": "9.0", "dtype": "bfloat16", "head_dim": 128, "value_head_dim": 128, "group": 16,
+   "tiles": {"window_forward": [128, 64, 4, 2]}},
+  {"device": "A Card", "compute_capability": "9.0", "dtype": "bfloat16", "head_dim": 128, "value_head_dim": 128, "group": 2,
+   "tiles": {"window_forward": [128, 32, 4, 2]}},
+  {"device": "Another", "compute_capability": "9.0", "dtype": "bfloat16", "head_dim": 128, "value_head_dim": 128, "group": 4,
+   "tiles": {"window_forward": [16, 16, 4, 2]}}
+]"""
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "size", "group", "keys"),
+    [
+        ("A Card", "9.0", "bfloat16", 128, 16, 64),
+        ("A Card", "9.0", "bfloat16", 128, 64, 64),
+        ("A Card", "9.0", "bfloat16", 128, 4, 32),  # of the same device, though the other has the group itself
+        ("Another", "9.0", "bfloat16", 128, 16, 16),
+        ("Its Sister", "9.0", "bfloat16", 128, 12, 64),  # the capability is the same
+        ("A Card", "8.0", "bfloat16", 128, 16, None),
+        ("A Card", "9.0", "float32", 128, 16, None),
+        ("A Card", "9.0", "bfloat16", 64, 16, None),
+        ("cpu", "none", "float32", 16, 2, None),
+    ],
+)
+def test_tiles_are_those_of_the_nearest_entry_or_the_rule(
+    device, capability, dtype, size, group, keys, tmp_path, monkeypatch
+):
+    path = tmp_path / "tiles.json"
+    path.write_text(TABLE)
+    monkeypatch.setattr(tiles, "TABLE", path)
+    found = tiles._lookup.__wrapped__(device, capability, dtype, size, 128, group)
+    rule = tiles.rule(dtype, size, 128, group)
+    if keys is not None:
+        assert found.window_forward.keys == keys
+        found = dataclasses.replace(found, window_forward=rule.window_forward)
+    assert found == rule
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("sizes", [(8, 8), (64, 64), (96, 40), (128, 128), (192, 128), (256, 256)])
+def test_the_rule_fits_in_shared_memory(dtype, sizes):
+    """Two tiles of keys and values, and a tile of rows, in what an SM of compute capability 8.6 has."""
+    held = sum(part.width for size in sizes for part in head_parts(size)) * jnp.dtype(dtype).itemsize
+    for name, tile in vars(tiles.rule(dtype, *sizes, 4)).items():
+        if isinstance(tile, Tile) and name not in ("selected_forward", "selected_dq"):
+            assert tile.keys * held <= max(2**15, 16 * held) and tile.rows * held <= max(2**15, 16 * held), name
+            assert all(number & (number - 1) == 0 for number in (tile.rows, tile.keys, tile.warps)), name
+
+
+def test_every_entry_of_the_table_is_whole():
+    for entry in json.loads(tiles.TABLE.read_text()):
+        arguments = [
+            entry[name] for name in ("device", "compute_capability", "dtype", "head_dim", "value_head_dim", "group")
+        ]
+        found = tiles._lookup(*arguments)
+        for name, numbers in entry["tiles"].items():
+            assert getattr(found, name) == (Tile(*numbers) if isinstance(numbers, list) else numbers)

@@ -1,0 +1,125 @@
+"""What interpretation cannot see: the kernels lowered for CUDA, on a machine without a GPU. They are not run."""
+
+import contextlib
+import importlib
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import jax
+import pytest
+
+import pallas_kernels
+from nsa_jax import NSAConfig
+from nsa_jax.testing import CASES, Case, make_inputs
+
+# Tests alone may look inside of jax.
+from jax._src import mesh as mesh_lib  # isort: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_dialect():
+    """MLIR looks for Triton's Python module at every operation, and never finds it: half of the time would go there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "jaxlib.mlir.dialects.tt", types.ModuleType("tt"))
+        yield
+
+
+GPU = "NVIDIA H100 80GB HBM3"
+TARGET = "__gpu$xla.gpu.triton"
+
+
+def for_cuda() -> contextlib.AbstractContextManager:
+    """From JAX 0.11 on, the lowering asks the mesh what device it lowers for."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    device = mesh_lib.AbstractDevice(GPU, 1, "cuda")
+    axes = dict(axis_types=(mesh_lib.AxisType.Explicit,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh_lib.AbstractMesh((1,), ("x",), **axes))
+
+
+def lowered(case: Case, dtype: str) -> str:
+    """Forward, backward and the choice of blocks, as text."""
+    shapes = jax.eval_shape(lambda: make_inputs(case, dtype=dtype))
+
+    def run(inputs):
+        where = dict(query_start=inputs.query_start, window_start=inputs.window_start, segment_ids=inputs.segment_ids)
+        where.update(config=case.config, scale=case.head_dim**-0.5)
+        out, backward = jax.vjp(lambda *tensors: pallas_kernels.attend(*tensors, None, **where), *inputs[:5])
+        return out, backward(out)
+
+    with for_cuda():
+        return jax.jit(run).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def assert_is_in_kernels(program: str, case: Case) -> None:
+    kernels = {"window_forward", "window_dq", "window_dkv", "selected"}
+    if case.config.num_compressed(case.keys):
+        kernels |= {"compressed_forward", "compressed_dq", "compressed_dkv", "scores"}
+    for kernel in kernels | {"choice"}:
+        assert f"nsa_{kernel}" in program, kernel
+    assert program.count(TARGET) >= len(kernels)
+
+
+# float16 has one rounding, and little else, of its own.
+IN_FLOAT16 = ("plain", "head_sizes_differ", "segments_unaligned")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in CASES for dtype in ("float32", "bfloat16")] + [(name, "float16") for name in IN_FLOAT16],
+)
+def test_cases_lower_for_cuda(name, dtype):
+    assert_is_in_kernels(lowered(CASES[name], dtype), CASES[name])
+
+
+# The paper's, and other head sizes and groups of today's models.
+SIZES = [
+    (16, 128, 128),
+    (16, 192, 128),
+    (8, 64, 64),
+    (4, 96, 96),
+    (2, 256, 256),
+    (1, 32, 32),
+    (12, 128, 128),
+    (64, 64, 64),
+]
+
+
+@pytest.mark.parametrize(("group", "size", "value_size"), SIZES)
+def test_sizes_of_models_lower_for_cuda(group, size, value_size):
+    heads = dict(heads=4 * group, kv_heads=4, head_dim=size, value_head_dim=value_size)
+    case = Case(config=NSAConfig(), queries=8192, keys=8192, **heads)
+    assert_is_in_kernels(lowered(case, "bfloat16"), case)
+
+
+LOWER = """
+import sys, warnings
+sys.path[:0] = [{tests!r}]
+import nsa_jax
+from nsa_jax.testing import CASES
+from tests.test_lowering import TARGET, lowered
+assert TARGET in lowered(CASES["plain"], "float32")
+warnings.warn_explicit("another of jax's", DeprecationWarning, "there.py", 1)
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("-W", "default"), ("-W", "always")], ids=str)
+def test_users_hear_nothing_of_the_deprecated_backend(flags):
+    """Which is this package's affair; other deprecations they hear as they asked for."""
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, *flags, "-c", LOWER.format(tests=root)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr, done.stderr
+    assert ("another of jax's" in done.stderr) == (flags[1:] in (("default",), ("always",)))
+
+
+def test_only_that_warning_is_ignored():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        importlib.reload(pallas_kernels)
+        warnings.warn("The Pallas Triton backend is deprecated and will be removed.", DeprecationWarning, stacklevel=1)
+        warnings.warn("The Pallas backend is deprecated.", DeprecationWarning, stacklevel=1)
+    assert len(caught) == 1
