@@ -13,6 +13,7 @@ import pytest
 from nsa_jax import KeyValue, nsa_attention, reference, save_attention, select_blocks
 from nsa_jax.testing import CASES, LONG_CASES, PAPER, Case, assert_as_accurate, assert_best_blocks, make_inputs
 from tests import oracle
+from tests.programs import QUICK
 from train.config import PRESETS
 from train.model import Network
 
@@ -29,7 +30,11 @@ class Solution(NamedTuple):
     blocks: jax.Array  # its own choice
 
 
-@functools.partial(jax.jit, static_argnames=("case", "implementation"))
+# Programs that run once or twice: what a search for faster code gains, it costs many times over.
+once = functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0, **QUICK})
+
+
+@functools.partial(once, static_argnames=("case", "implementation"))
 def solve(inputs, blocks, cotangent, *, case: Case, implementation: str) -> Solution:
     """Outputs and gradients with the blocks given, and the blocks that it would choose itself."""
     places = dict(query_start=inputs.query_start, segment_ids=inputs.segment_ids, implementation=implementation)
@@ -44,13 +49,13 @@ def solve(inputs, blocks, cotangent, *, case: Case, implementation: str) -> Solu
     return Solution(out, vjp(cotangent.astype(out.dtype)), own)
 
 
-@functools.partial(jax.jit, static_argnames="case")
+@functools.partial(once, static_argnames="case")
 def choose(inputs, *, case: Case) -> jax.Array:
     places = dict(query_start=inputs.query_start, segment_ids=inputs.segment_ids, implementation="xla")
     return select_blocks(inputs.query, inputs.compressed.key, config=case.config, num_keys=case.keys, **places)
 
 
-@functools.partial(jax.jit, static_argnames="case")
+@functools.partial(once, static_argnames="case")
 def block_scores(inputs, *, case: Case) -> jax.Array:
     """Of every block for every query, [B, T, K, M], as the reference computes them."""
     batch, length, kv_heads = case.batch, case.queries, case.kv_heads

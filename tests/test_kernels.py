@@ -9,7 +9,6 @@ import functools
 import importlib
 import itertools
 import json
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from jax.ad_checkpoint import print_saved_residuals
 
 import pallas_kernels
 from nsa_jax import KeyValue, NSAConfig, nsa_attention, reference, save_attention
-from nsa_jax.ops import SAVED_NAMES, Implementation
+from nsa_jax.ops import Implementation
 from nsa_jax.testing import CASES, SMALL, Case, Inputs, assert_as_accurate, assert_best_blocks, make_inputs
 from pallas_kernels import block_selection, inverse_lists, tiles
 from pallas_kernels.flash import Ranges, Tile, head_parts
@@ -161,17 +160,20 @@ def assert_solves(actual: Solution, problem: Problem, reference: Solution | None
 
 # Every case.
 
-# Their backward pass is that of "plain", "shorter_than_compress_block" or "segments_unaligned".
+# Their backward pass is that of "plain", "window_start", "segments_unaligned" or another case; all have theirs on a GPU.
 FORWARD_ONLY = {
     "one_token",
     "exactly_compress_block",
     "one_past_select_block",
+    "more_slots_than_blocks",
+    "head_sizes_differ",  # has it in float16
     "no_overlap",
     "nothing_forced",
     "many_forced",
     "window_1",
     "window_longer_than_text",
     "query_start",
+    "query_start_per_sequence",
     "segments_aligned",
 }
 # Of the two ways through the selected branch, by query and by block, each meets what it treats in its own way.
@@ -189,7 +191,7 @@ GO_BY_BLOCK = {
     "window_1",
 }
 RUNS = [(name, "float32", name in GO_BY_BLOCK) for name in CASES]
-RUNS += [("segments_and_start", "bfloat16", True), ("odd_length", "float16", False)]
+RUNS += [("segments_and_start", "bfloat16", True), ("head_sizes_differ", "float16", False)]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ RUNS += [("segments_and_start", "bfloat16", True), ("odd_length", "float16", Fal
 def test_kernels_are_as_accurate_as_the_reference(name, dtype, by_block, cut_small):
     """And they read nothing that they may not: with NaN in it, every result keeps its bits."""
     cut_small(CASES[name].config)
-    problem, gradients = pose(CASES[name], dtype), name not in FORWARD_ONLY
+    problem, gradients = pose(CASES[name], dtype), name not in FORWARD_ONLY or dtype != "float32"
     run = program(problem.case, BY_BLOCK if by_block else BY_QUERY, gradients=gradients)
     actual = run(*problem.arguments)
     reference = None
@@ -423,8 +425,10 @@ def test_save_attention_keeps_what_the_kernels_computed(capsys):
         return nsa_attention(query, **inputs.keywords(), config=case.config, implementation="pallas_interpret")
 
     print_saved_residuals(saved(layer), inputs.query)
-    names = re.findall(r"named '(.*?)'", capsys.readouterr().out)
-    assert sorted(names) == sorted(set(SAVED_NAMES) - {"nsa_out"})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "argument" not in line and "constant" not in line]
+    # Three outputs, three log-sum-exps, the blocks: B=1, T=29, K=2, G=2, V=16, A=4.
+    wanted = [*["f32[1,29,2,2,16]"] * 3, *["f32[1,29,2,2]"] * 3, "i32[1,29,2,4]"]
+    assert sorted(line.split()[0] for line in lines) == sorted(wanted)
 
 
 # Positions, by hand. Compressed token i ends at 4i + 7, block j holds 16j .. 16j + 15, the window holds 3.
@@ -570,11 +574,13 @@ def test_tiles_are_those_of_the_nearest_entry_or_the_rule(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("sizes", [(8, 8), (64, 64), (96, 40), (128, 128), (192, 128), (256, 256)])
 def test_the_rule_fits_in_shared_memory(dtype, sizes):
-    """Two tiles of keys and values, and a tile of rows, in what an SM of compute capability 8.6 has."""
+    """A tile of keys and values in 32 KiB, and one of rows; those of the selected branch, which hold one such, in 64."""
     held = sum(part.width for size in sizes for part in head_parts(size)) * jnp.dtype(dtype).itemsize
     for name, tile in vars(tiles.rule(dtype, *sizes, 4)).items():
-        if isinstance(tile, Tile) and name not in ("selected_forward", "selected_dq"):
-            assert tile.keys * held <= max(2**15, 16 * held) and tile.rows * held <= max(2**15, 16 * held), name
+        if isinstance(tile, Tile):
+            # Triton's dot wants 16 of each at least.
+            most = max(16, (2**16 if name.startswith("selected") else 2**15) // held)
+            assert tile.keys <= most and tile.rows <= most, name
             assert all(number & (number - 1) == 0 for number in (tile.rows, tile.keys, tile.warps)), name
 
 

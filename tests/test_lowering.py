@@ -7,6 +7,7 @@ import sys
 import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -17,6 +18,8 @@ from nsa_jax.testing import CASES, Case, make_inputs
 
 # Tests alone may look inside of jax.
 from jax._src import mesh as mesh_lib  # isort: skip
+from jax._src.lib.mlir import ir  # isort: skip
+from jax._src.lib.triton import dialect as triton  # isort: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +54,26 @@ def lowered(case: Case, dtype: str) -> str:
         return out, backward(out)
 
     with for_cuda():
-        return jax.jit(run).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+        program = jax.jit(run).trace(shapes).lower(lowering_platforms=("cuda",))
+    assert verified_kernels(program)
+    return program.as_text()
+
+
+def verified_kernels(program: jax.stages.Lowered) -> int:
+    """The number of kernels in a program; each is read and verified as XLA will do it, before it compiles them."""
+    kernels = []
+
+    def visit(operation: Any) -> Any:
+        if "call_target_name" in operation.attributes and operation.attributes["call_target_name"].value == TARGET:
+            kernels.append(operation.attributes["mhlo.backend_config"]["ir"].value_bytes)
+        return ir.WalkResult.ADVANCE
+
+    program.compiler_ir().operation.walk(visit)
+    for kernel in kernels:
+        with ir.Context() as context:
+            triton.register_dialect(context)
+            assert ir.Module.parse(kernel).operation.verify()
+    return len(kernels)
 
 
 def assert_is_in_kernels(program: str, case: Case) -> None:

@@ -67,6 +67,7 @@ def test_a_named_implementation_never_falls_back(function):
 
 
 REFUSED = {
+    "at most 64 query heads for each key/value head, not 65": dict(heads=65, kv_heads=1),
     "head size of at most 256, not 264": dict(head_dim=264),
     "at most 1024 blocks, not num_selected=1025": dict(config=dataclasses.replace(SMALL, num_selected=1025)),
     "from at most 65536 blocks, and 65537 keys have 65537": dict(keys=65537, config=NSAConfig(1, 1, 1, 2, 1, 1, 1)),
@@ -86,7 +87,7 @@ def test_kernels_refuse_more_numbers_of_values_and_scales_than_they_take():
     inputs = make_inputs(dataclasses.replace(CASE, value_head_dim=257))
     with pytest.raises(NotImplementedError, match="the kernels take a value head size of at most 256, not 257"):
         attend(CASE, inputs, implementation="pallas_interpret")
-    with pytest.raises(NotImplementedError, match="the kernels take a positive scale, not -0.5"):
+    with pytest.raises(NotImplementedError, match="the kernels take a positive, finite scale, not -0.5"):
         attend(CASE, make_inputs(CASE), scale=-0.5, implementation="pallas_interpret")
 
 
@@ -101,9 +102,7 @@ def test_none_on_a_gpu_warns_once(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ops._warn_once.cache_clear()
     inputs = make_inputs(CASE)
-    message = (
-        "implementation=None uses 'xla', which is much slower on a GPU: the kernels take a positive scale, not -1.0"
-    )
+    message = "None uses 'xla', which is much slower on a GPU: the kernels take a positive, finite scale, not -1.0"
     monkeypatch.setattr(pallas_kernels, "why_not_here", lambda: None)
     with pytest.warns(UserWarning, match=message) as caught:
         first, second = choose(CASE, inputs, scale=-1), choose(CASE, inputs, scale=-1)

@@ -1,0 +1,137 @@
+"""Sizes at which the kernels take another way: long blocks, short lists, many heads, nothing to read."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from nsa_jax import NSAConfig, nsa_attention
+from nsa_jax.testing import SMALL, Case, assert_as_accurate, make_inputs
+from pallas_kernels import inverse_lists, selected_by_block, tiles
+from pallas_kernels.selected_attention import queries_per_tile, unions
+from tests.programs import QUICK
+from tests.test_lowering import for_cuda, verified_kernels
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
+
+TINY = Case(heads=2, kv_heads=1, head_dim=8, value_head_dim=8)
+
+
+def solve(case: Case, inputs, attend):
+    """Output and the gradients of its sum of squares."""
+
+    def run(*tensors):
+        return jax.vjp(lambda *tensors: attend(tensors, inputs), *tensors)
+
+    def both(*tensors):
+        out, backward = run(*tensors)
+        return out, backward(out)
+
+    return jax.jit(both, compiler_options=QUICK)(*inputs[:5])
+
+
+def public(case: Case, implementation: str, blocks=None):
+    def attend(tensors, inputs):
+        names = ("compressed", "selected", "window", "gates")
+        where = dict(query_start=inputs.query_start, window_start=inputs.window_start, segment_ids=inputs.segment_ids)
+        where.update(config=case.config, selected_blocks=blocks, implementation=implementation)
+        return nsa_attention(tensors[0], **dict(zip(names, tensors[1:])), **where)
+
+    return attend
+
+
+def assert_agree(case: Case, inputs=None, blocks=None) -> None:
+    inputs = make_inputs(case) if inputs is None else inputs
+    got, want = (solve(case, inputs, public(case, name, blocks)) for name in ("pallas_interpret", "xla"))
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(want), strict=True):
+        assert_as_accurate(a, b, b, name=jax.tree_util.keystr(path))
+
+
+def test_a_block_longer_than_a_piece_of_its_list(monkeypatch):
+    monkeypatch.setattr(inverse_lists, "PIECE", 8)
+    config = NSAConfig(16, 16, 32, 2, 0, 1, 16)
+    assert_agree(dataclasses.replace(TINY, config=config, queries=70, keys=70))
+
+
+def test_lists_shorter_than_a_tile_by_block():
+    """The rule's tile has more rows than most of these lists: those that it has too many write nowhere."""
+    assert tiles.rule("float32", 8, 8, 2).by_block
+    config = dataclasses.replace(SMALL, num_selected=3, num_local=1)
+    assert_agree(dataclasses.replace(TINY, config=config, queries=40, keys=40))
+
+
+def test_queries_past_the_last_key_have_finite_gradients():
+    case = dataclasses.replace(TINY, queries=20, keys=41, query_start=30)
+    out, gradients = solve(case, make_inputs(case), public(case, "pallas_interpret"))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((out, gradients)))
+
+
+def test_no_blocks_and_no_window():
+    """Blocks of the caller may have any number of slots, none as well; a window branch may hold no key at all."""
+    case = dataclasses.replace(TINY, queries=24, keys=24)
+    assert_agree(case, blocks=jnp.zeros((1, 24, 1, 0), jnp.int32))
+    inputs = make_inputs(case)
+    empty = inputs._replace(
+        window=jax.tree.map(lambda x: x[:, :0], inputs.window), window_start=jnp.zeros((1,), jnp.int32)
+    )
+    assert_agree(case, empty)
+
+
+def test_heads_in_turns(monkeypatch):
+    """Partial results of few heads at a time, as if of all at once."""
+    case = Case(batch=2, queries=37, keys=37, heads=6, kv_heads=6, head_dim=8, value_head_dim=16)
+    inputs = make_inputs(case)
+    whole = solve(case, inputs, public(case, "pallas_interpret"))
+    one_head = 2 * 37 * SMALL.num_selected * 16 * 4
+    monkeypatch.setattr(selected_by_block, "MAX_PARTIALS", 2 * one_head)
+    jax.clear_caches()
+    in_turns = solve(case, inputs, public(case, "pallas_interpret"))
+    # Interpreted, other shapes are other programs, which round in another order.
+    for a, b in zip(jax.tree.leaves(in_turns), jax.tree.leaves(whole), strict=True):
+        assert_as_accurate(a, b, b)
+    program = jax.make_jaxpr(lambda *tensors: public(case, "pallas_interpret")(tensors, inputs))(*inputs[:5])
+    assert "length=3" in str(program)  # pairs of heads
+    jax.clear_caches()
+
+
+def test_unions():
+    blocks = jnp.asarray([[0, 3, 7], [0, 4, 7], [2, -1, -1], [0, 2, 5], [1, 2, 3]], jnp.int32)[None, :, None]
+    found = unions(blocks, 2, interpret=True)
+    want = [[0, 3, 4, 7, -1, -1], [0, 2, 5, -1, -1, -1], [1, 2, 3, -1, -1, -1]]
+    assert found.blocks[0, :, 0].tolist() == want
+    assert found.readers[0, :, 0].tolist() == [[3, 1, 2, 3, 0, 0], [2, 3, 2, 0, 0, 0], [1, 1, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("slots", [1, 16, 64, 600, 1024])
+@pytest.mark.parametrize("group", [1, 8, 64])
+def test_a_union_has_room(group, slots):
+    queries = queries_per_tile(tiles.rule("bfloat16", 64, 64, group).selected_forward, group, slots)
+    assert 1 <= queries <= 32  # a bit each
+    assert queries == 1 or queries * slots <= 256
+
+
+@pytest.mark.parametrize(
+    ("group", "config", "slots"),
+    [
+        (1, NSAConfig(32, 16, 256, 64), None),  # too long a block to go by block
+        (8, NSAConfig(), 600),
+        (16, NSAConfig(num_selected=64), None),
+        (2, NSAConfig(32, 16, 128, 16), None),
+    ],
+)
+def test_long_choices_lower_for_cuda(group, config, slots):
+    case = Case(config=config, queries=2048, keys=2048, heads=2 * group, kv_heads=2, head_dim=64, value_head_dim=64)
+    shapes = jax.eval_shape(lambda: make_inputs(case, dtype="bfloat16"))
+    blocks = None if slots is None else jax.ShapeDtypeStruct((1, 2048, 2, slots), jnp.int32)
+
+    def run(inputs, blocks):
+        where = dict(config=config, scale=0.125, query_start=0, window_start=0, segment_ids=None)
+        out, backward = jax.vjp(lambda *tensors: pallas_kernels.attend(*tensors, blocks, **where), *inputs[:5])
+        return out, backward(out)
+
+    with for_cuda():
+        program = jax.jit(run).trace(shapes, blocks).lower(lowering_platforms=("cuda",))
+    assert verified_kernels(program) >= 9
