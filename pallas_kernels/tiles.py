@@ -73,7 +73,10 @@ def _lookup(device: str, capability: str, dtype: str, size: int, value_size: int
 
 
 def rule(dtype: str, size: int, value_size: int, group: int) -> Tiles:
-    """Tiles that fit any supported GPU: keys and values of two tiles in 64 KiB of shared memory, a tile of rows in 32."""
+    """Tiles that fit any supported GPU: a tile of keys and values, of which two are under way, in 32 KiB, one of rows too.
+
+    By block, a program holds one tile of keys for good, in 64 KiB.
+    """
     numbers = sum(part.width for x in (size, value_size) for part in head_parts(x))
     held = numbers * jnp.dtype(dtype).itemsize
     keys = _power_of_2_below(2**15 // held, 16, 64)
