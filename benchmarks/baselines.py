@@ -15,7 +15,7 @@ from nsa_jax import KeyValue
 
 SHIPPED_LONGEST = 32768
 # (block_q, block_k, block_q_dkv, block_kv_dkv, block_q_dq, block_kv_dq); the first are its defaults.
-SHIPPED_BLOCKS = ((128, 128, 32, 32, 32, 32), (128, 64, 64, 64, 64, 64), (64, 64, 32, 64, 64, 32))
+SHIPPED_BLOCKS = ((128, 128, 32, 32, 32, 32), (128, 64, 64, 64, 64, 64))
 
 
 def padded_size(head_dim: int, value_head_dim: int) -> int:

@@ -10,7 +10,7 @@ import importlib
 import itertools
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import lax
 from jax.ad_checkpoint import print_saved_residuals
 
 import pallas_kernels
-from nsa_jax import KeyValue, NSAConfig, nsa_attention, reference, save_attention
+from nsa_jax import NSAConfig, nsa_attention, reference, save_attention
 from nsa_jax.ops import Implementation
 from nsa_jax.testing import CASES, SMALL, Case, Inputs, assert_as_accurate, assert_best_blocks, make_inputs
 from pallas_kernels import block_selection, inverse_lists, tiles
@@ -36,6 +36,7 @@ from pallas_kernels.positions import (
     window_ranges,
 )
 from tests import oracle
+from tests.posed import Solution, assert_solves, pose, read_keys, with_nan
 from tests.programs import QUICK
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
@@ -83,12 +84,6 @@ def cut_small(monkeypatch):
     return cut_small
 
 
-class Solution(NamedTuple):
-    out: Any
-    gradients: tuple  # of query, the three branches' keys and values, gates
-    blocks: Any  # its own choice
-
-
 def program(case: Case, implementation: Implementation, *, gradients: bool = True) -> Callable[..., Solution]:
     """Attention to the given blocks (inputs, blocks, cotangent), compiled; each call of this function traces anew."""
 
@@ -106,56 +101,6 @@ def program(case: Case, implementation: Implementation, *, gradients: bool = Tru
         return Solution(out, backward(cotangent), own)
 
     return jax.jit(run, compiler_options=QUICK)
-
-
-class Problem(NamedTuple):
-    """A case in a dtype, and what the oracle makes of it."""
-
-    case: Case
-    inputs: Inputs
-    cotangent: jax.Array
-    exact: Solution
-
-    @property
-    def arguments(self):
-        return self.inputs, self.exact.blocks, self.cotangent
-
-    @property
-    def choice(self):
-        """Arguments of the choice of blocks."""
-        where = dict(query_start=self.inputs.query_start, segment_ids=self.inputs.segment_ids)
-        return dict(config=self.case.config, num_keys=self.case.keys, **where)
-
-
-def pose(case: Case, dtype: str = "float32") -> Problem:
-    inputs = make_inputs(case, dtype=dtype)
-    if dtype == "bfloat16":
-        # Gates may be wider than the rest.
-        inputs = inputs._replace(gates=inputs.gates.astype(jnp.float32))
-    shape = (case.batch, case.queries, case.heads, case.value_head_dim)
-    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(shape), dtype)
-    problem = Problem(case, inputs, cotangent, Solution(None, None, None))
-    blocks = oracle.select_blocks(inputs.query, inputs.compressed.key, **problem.choice)
-    where = dict(query_start=inputs.query_start, window_start=inputs.window_start, segment_ids=inputs.segment_ids)
-    where.update(config=case.config, selected_blocks=blocks)
-    gradients = oracle.gradients(*inputs[:5], cotangent, **where)
-    return problem._replace(exact=Solution(oracle.attention(*inputs[:5], **where), tuple(gradients), blocks))
-
-
-def assert_solves(actual: Solution, problem: Problem, reference: Solution | None = None) -> None:
-    """As accurate as `reference`, or where there is none, exact but for rounding."""
-    leaves = jax.tree_util.tree_flatten_with_path((actual.out, actual.gradients))[0]
-    exact = jax.tree.leaves((problem.exact.out, problem.exact.gradients if actual.gradients else ()))
-    if reference is None:
-        others = [jnp.asarray(x, jnp.float32) for x in exact]
-    else:
-        others = jax.tree.leaves((reference.out, reference.gradients))
-    for (path, got), want, ideal in zip(leaves, others, exact, strict=True):
-        # Wider gates have a gradient as wide, but it comes of outputs that are kept in the values' dtype.
-        got, want = got.astype(problem.cotangent.dtype), want.astype(problem.cotangent.dtype)
-        assert_as_accurate(got, want, ideal, name=jax.tree_util.keystr(path))
-    scores = oracle.importance(problem.inputs.query, problem.inputs.compressed.key, **problem.choice)
-    assert_best_blocks(actual.blocks, problem.exact.blocks, scores)
 
 
 # Every case.
@@ -215,26 +160,6 @@ def test_kernels_are_as_accurate_as_the_reference(name, dtype, by_block, cut_sma
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
     for mask, pair in zip(unread, actual.gradients[1:4], strict=False):
         assert not np.any(np.asarray(pair.key)[mask]) and not np.any(np.asarray(pair.value)[mask])
-
-
-def read_keys(problem: Problem) -> list[np.ndarray]:
-    """Of each branch, which keys any query reads, [B, length, K]."""
-    case, inputs = problem.case, problem.inputs
-    where = inputs.query_start, inputs.window_start, inputs.segment_ids
-    posed = oracle.Problem(*inputs[:5], case.config, None, *where, problem.exact.blocks)
-    read = [np.zeros(pair.key.shape[:3], bool) for pair in posed.pairs]
-    for b, r, k in np.ndindex(case.batch, case.queries, case.kv_heads):
-        for branch, mask in enumerate(read):
-            mask[b, posed.seen(branch, b, r, k * posed.group), k] = True
-    return read
-
-
-def with_nan(inputs: Inputs, masks: list[np.ndarray]) -> Inputs:
-    pairs = [
-        KeyValue(*(jnp.where(mask[..., None], jnp.nan, array) for array in pair))
-        for pair, mask in zip(inputs[1:4], masks, strict=True)
-    ]
-    return Inputs(inputs.query, *pairs, *inputs[4:])
 
 
 @pytest.mark.parametrize("implementation", [BY_QUERY, BY_BLOCK], ids=["by_query", "by_block"])
