@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import pallas_kernels
-from nsa_jax import NSAConfig, nsa_attention
+from nsa_jax import NativeSparseAttention, NSAConfig, nsa_attention
 from nsa_jax.testing import SMALL, Case, assert_as_accurate, make_inputs
 from pallas_kernels import inverse_lists, selected_by_block, tiles
 from pallas_kernels.selected_attention import queries_per_tile, unions
@@ -135,3 +136,18 @@ def test_long_choices_lower_for_cuda(group, config, slots):
     with for_cuda():
         program = jax.jit(run).trace(shapes, blocks).lower(lowering_platforms=("cuda",))
     assert verified_kernels(program) >= 9
+
+
+def test_module_with_and_without_a_cache():
+    """A prompt and single tokens through the kernels give what the whole text gives."""
+    config = NSAConfig(compress_block=8, compress_stride=4, select_block=8, num_selected=3, window=6)
+    sizes = dict(num_heads=2, in_features=16, num_kv_heads=1, head_dim=8, config=config, rngs=nnx.Rngs(0))
+    attention = NativeSparseAttention(**sizes, implementation="pallas_interpret")
+    x = jax.random.normal(jax.random.key(1), (1, 21, 16))
+    want = nnx.jit(lambda attention, x: attention(x))(attention, x)
+    step = nnx.jit(lambda attention, x, cache: attention(x, cache=cache))
+    y, cache = step(attention, x[:, :18], attention.init_cache(1, 21))
+    np.testing.assert_allclose(y, want[:, :18], atol=1e-5)
+    for t in range(18, 21):
+        y, cache = step(attention, x[:, t : t + 1], cache)
+        np.testing.assert_allclose(y, want[:, t : t + 1], atol=1e-5)
