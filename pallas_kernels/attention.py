@@ -48,7 +48,9 @@ class Static(NamedTuple):
     @property
     def by_block(self) -> bool:
         """Whether the selected branch goes by block; a block that one program cannot hold goes by query."""
-        return self.tiles.by_block and self.config.select_block <= self.tiles.selected_by_block.keys
+        tiles = self.tiles.selected_by_block, self.tiles.selected_dkv
+        held = min(selected_attention.held_keys(self.config, tile) for tile in tiles)
+        return self.tiles.by_block and self.config.select_block <= held
 
     def launch(self, kernel: str) -> Launch:
         tile: Tile = getattr(self.tiles, kernel)

@@ -57,6 +57,25 @@ def test_a_block_longer_than_a_piece_of_its_list(monkeypatch):
     assert_agree(dataclasses.replace(TINY, config=config, queries=70, keys=70))
 
 
+@pytest.mark.parametrize("kernel", ["selected_dkv", "selected_by_block"])
+def test_a_block_that_one_program_cannot_hold(kernel, monkeypatch):
+    """By block, each query has one partial result of a block: a block in parts goes by query."""
+    rule = tiles.rule
+
+    def narrow(*sizes):
+        found = rule(*sizes)
+        assert found.by_block
+        return dataclasses.replace(found, **{kernel: getattr(found, kernel)._replace(keys=16)})
+
+    monkeypatch.setattr(tiles, "rule", narrow)
+    tiles._lookup.cache_clear()
+    jax.clear_caches()
+    config = NSAConfig(16, 16, 32, 2, 0, 1, 16)
+    assert_agree(dataclasses.replace(TINY, config=config, queries=50, keys=50))
+    tiles._lookup.cache_clear()
+    jax.clear_caches()
+
+
 def test_lists_shorter_than_a_tile_by_block():
     """The rule's tile has more rows than most of these lists: those that it has too many write nowhere."""
     assert tiles.rule("float32", 8, 8, 2).by_block
