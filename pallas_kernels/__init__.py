@@ -6,9 +6,12 @@ range_attention.py       kernels of branches in which a query reads one range of
   window_attention.py      the last w tokens
   compressed_attention.py  the compressed tokens that are complete
 block_selection.py       importance of blocks and the choice of n
-selected_attention.py    kernels that read the chosen blocks
+selected_attention.py    kernels that read the chosen blocks, by query
+selected_by_block.py     the same by block, for small groups; dk and dv
+inverse_lists.py         the queries that chose each block
 flash.py                 what the kernels share
-tiles.py                 speed knobs
+tiles.py                 speed knobs; tiles.json: what was found fastest
+support.py               what the kernels take
 """
 
 import warnings
