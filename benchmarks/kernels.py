@@ -19,6 +19,7 @@ from pallas_kernels import (
     compressed_attention,
     inverse_lists,
     positions,
+    range_attention,
     selected_attention,
     selected_by_block,
     window_attention,
@@ -101,7 +102,9 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
     outs = (out_cmp, out_slc, out_win)
     rows = [
         QuerySide(query, dout, gates[..., i].astype(jnp.float32), lse, delta)
-        for i, (lse, delta) in enumerate(zip((lse_cmp, lse_slc, lse_win), _deltas(dout, outs), strict=True))
+        for i, (lse, delta) in enumerate(
+            zip((lse_cmp, lse_slc, lse_win), range_attention.deltas(dout, outs), strict=True)
+        )
     ]
     dq = window_attention.window_query_gradient(
         rows[2], *operands.window, visible_win, None, dtype=jnp.float32, scale=scale, launch=launch("window_dq")
@@ -246,19 +249,13 @@ def parts(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Kernel]
     made["invert"] = lambda x: inverse_lists.cut(
         inverse_lists.invert(x.blocks, num_blocks=config.num_blocks(x.keys_slc.key.shape[1]))
     )
-    made["deltas"] = lambda x: _deltas(x.dout, x.outs)
+    made["deltas"] = lambda x: range_attention.deltas(x.dout, x.outs)
     return made
 
 
 def _selected_reads(x: Prepared) -> tuple[Any, ...]:
     branches = selected_attention.Sum(x.gates, x.outs[0], x.outs[2])
     return x.query, *x.keys_slc, x.blocks, x.visible_slc, branches
-
-
-def _deltas(dout: Array, outs: tuple[Array, ...]) -> list[Array]:
-    """`dout . o` of each branch, as the backward pass forms it: the gradients of the gates."""
-    wide = dout.astype(jnp.float32)
-    return [jnp.sum(wide * out.astype(jnp.float32), axis=-1) for out in outs]
 
 
 def _launches(tiles: Tiles) -> Callable[[str], Launch]:

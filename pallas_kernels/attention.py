@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import (
     block_selection,
     compressed_attention,
+    flash,
+    range_attention,
     selected_attention,
     selected_by_block,
     window_attention,
@@ -120,7 +122,7 @@ def attend(
     )
     if blocks is not None and blocks.shape[-1] == 0:
         # Arrays have no axis of length 0 for a kernel to read.
-        blocks = jnp.full((*blocks.shape[:-1], 1), selected_attention.NO_BLOCK, jnp.int32)
+        blocks = jnp.full((*blocks.shape[:-1], 1), flash.NO_BLOCK, jnp.int32)
     operands = Operands(_grouped(query, kv_heads), *compressed, *selected, *window, _grouped(gates, kv_heads))
     out = _attend(static, operands, places, blocks)
     return out.reshape(batch, length, num_heads, out.shape[-1])
@@ -146,7 +148,15 @@ def _forward(static: Static, operands: Operands, places: Places, blocks: Array |
         launch=static.launch("compressed_forward"),
     )
     if blocks is None:
-        blocks = _select(static, query, operands.key_cmp, lse_cmp, places, num_keys=operands.key_slc.shape[1])
+        blocks = _select(
+            static,
+            query,
+            operands.key_cmp,
+            lse_cmp,
+            places.compressed,
+            places.candidates,
+            num_keys=operands.key_slc.shape[1],
+        )
     branches = selected_attention.Sum(operands.gates, out_cmp, out_win)
     reads = (query, operands.key_slc, operands.value_slc, blocks, places.tokens, branches)
     if static.by_block:
@@ -169,14 +179,21 @@ def _forward(static: Static, operands: Operands, places: Places, blocks: Array |
 
 
 def _select(
-    static: Static, query: Array, key: Array, lse: Array, places: Any, *, num_keys: int
+    static: Static,
+    query: Grouped,
+    key: Float[Array, "B C K H"],
+    lse: RowValues,
+    visible: Ranges,
+    candidates: BlockRanges,
+    *,
+    num_keys: int,
 ) -> Int32[Array, "B T K A"]:
     return block_selection.select(
         query,
         key,
         lse,
-        places.compressed,
-        places.candidates,
+        visible,
+        candidates,
         config=static.config,
         num_blocks=-(-num_keys // static.config.select_block),
         scale=static.scale,
@@ -188,9 +205,7 @@ def _select(
 def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, None, None]:
     operands, places, saved = residuals
     scale, config = static.scale, static.config
-    outs = (saved.out_cmp, saved.out_slc, saved.out_win)
-    wide = dout.astype(jnp.float32)
-    deltas = [jnp.sum(wide * out.astype(jnp.float32), axis=-1) for out in outs]
+    deltas = range_attention.deltas(dout, (saved.out_cmp, saved.out_slc, saved.out_win))
     gates = operands.gates.astype(jnp.float32)
     compressed, selected, window = (
         QuerySide(operands.query, dout, gates[..., i], lse, delta)
@@ -287,8 +302,7 @@ def select_blocks(
     _, lse = compressed_attention.compressed_forward(
         query, key, key, visible, scale=scale, holes=static.holes, launch=static.launch("compressed_forward")
     )
-    places = Places(visible, visible, visible, candidates)
-    return _select(static, query, key, lse, places, num_keys=num_keys)
+    return _select(static, query, key, lse, visible, candidates, num_keys=num_keys)
 
 
 def _grouped(x: Float[Array, "B T N D"], kv_heads: int) -> Float[Array, "B T K G D"]:

@@ -10,8 +10,8 @@ Scores: grid (tile of queries, key/value head, sequence). The compressed keys li
 weight is the same for a whole tile of products `[rows, blocks]`, and a block's tokens add up in registers.
 
 Choice: a program holds whole rows of scores, grid (tile of queries, key/value head, sequence). The bits of a number >= 0
-order like the number; 31 counts find the n-th highest key of the row bit by bit, whatever n is. What lies above it is
-chosen, then, from the left, as many that equal it as n has room for; a running count puts them in ascending order.
+order like the number; at most 31 counts find the n-th highest key of the row bit by bit, whatever n is. What lies above it
+is chosen, then, from the left, as many that equal it as n has room for; a running count puts them in ascending order.
 
 Both run on chunks of queries, so that the scores stay under `MAX_SCRATCH` bytes.
 """
@@ -34,7 +34,6 @@ from pallas_kernels.range_attention import Grouped, RowValues
 MAX_SCRATCH = 240 * 2**20
 MAX_BLOCKS = 2**16  # a program holds a row of scores
 MAX_SELECTED = 1024
-NO_BLOCK = -1
 FORCED = 0x7F800000  # the bits of infinity
 PACKED = 4
 UNROLLED = 8
@@ -88,14 +87,13 @@ def select(
 
     def one_chunk(start: Array) -> Array:
         inputs = (start, *visible, *candidates, query, lse, key)
-        specs = [_whole(x) for x in inputs[:-1]]
         shape = (None, units, num_blocks, None, size)
         key_spec = pl.BlockSpec(shape, lambda tile, head, sequence: (sequence, 0, 0, head, 0))
         found = scores_launch(
             scores,
             "nsa_scores",
             grid=(pl.cdiv(chunk, per_tile), kv_heads, batch),
-            in_specs=[*specs, key_spec],
+            in_specs=[*flash.specs(inputs[:-1]), key_spec],
             out_specs=[flash.whole(sums, head_axis=1)] * num_sums,
             out_shape=[sums] * num_sums,
         )(*inputs)
@@ -103,7 +101,7 @@ def select(
             choice,
             "nsa_choice",
             grid=(pl.cdiv(chunk, choice_launch.tile.rows), kv_heads, batch),
-            in_specs=[*[_whole(x) for x in (start, *candidates)], *[flash.whole(sums, head_axis=1)] * num_sums],
+            in_specs=[*flash.specs((start, *candidates)), *[flash.whole(sums, head_axis=1)] * num_sums],
             out_specs=flash.whole(blocks, head_axis=2),
             out_shape=blocks,
         )(start, *candidates, *found)
@@ -254,9 +252,5 @@ def _choice_kernel(start_ref: Any, first_ref: Any, own_ref: Any, *refs: Any, row
     unused = (lane >= jnp.sum(chosen.astype(jnp.int32), axis=1)[:, None]) & (lane < slots) & live[:, None]
     index = jnp.broadcast_to(query[:, None], (rows, lanes))
     pltriton.store(
-        blocks_ref.at[index, jnp.where(unused, lane, slots + lane)], jnp.full_like(lane, NO_BLOCK), mask=unused
+        blocks_ref.at[index, jnp.where(unused, lane, slots + lane)], jnp.full_like(lane, flash.NO_BLOCK), mask=unused
     )
-
-
-def _whole(array: Array) -> pl.BlockSpec:
-    return flash.whole(array, head_axis=2 if array.ndim > 2 else None)

@@ -28,6 +28,8 @@ from jaxtyping import Array
 LOG2E = math.log2(math.e)
 # Stands for minus infinity in masked scores; finite, because (-inf) - (-inf) would be NaN in a row that sees nothing.
 MASKED = -1e30
+# Stands in unused slots of a list of blocks.
+NO_BLOCK = -1
 
 
 @runtime_checkable
@@ -100,7 +102,7 @@ def next_power_of_2(value: int) -> int:
 
 
 class Rows(NamedTuple):
-    """The rows that a program holds: row index, token, head in the group, and whether it exists."""
+    """Of each row that a program holds: its token, its head in the group, and whether it exists."""
 
     token: Array
     head: Array
@@ -260,6 +262,11 @@ def ceil_div(value: Any, by: int) -> Any:
     return (value + by - 1) // by
 
 
+def search(ascending: Array, values: Array, *, side: str) -> Array:
+    """`jnp.searchsorted` as one kernel; its default is a loop of many."""
+    return jnp.searchsorted(ascending, values, side=side, method="scan_unrolled").astype(jnp.int32)
+
+
 # --------------------------------------------------------------------------------------------------------------- calls
 
 
@@ -276,8 +283,13 @@ class Launch:
         return pl.pallas_call(kernel, name=name, compiler_params=params, interpret=self.interpret, **arguments)
 
 
+def specs(arrays: Any) -> Any:
+    """Whole sequences; of arrays `[B, T, K, ...]`, one key/value head. Grid axes are (tile, head, sequence)."""
+    return jax.tree.map(lambda array: whole(array, head_axis=2 if array.ndim > 2 else None), arrays)
+
+
 def whole(array: jax.ShapeDtypeStruct | Array, *, head_axis: int | None) -> pl.BlockSpec:
-    """All of a sequence, and of a key/value head if there is an axis of them: grid axes are (tile, head, sequence)."""
+    """All of a sequence, and of a key/value head if there is an axis of them, for `specs` where that is another."""
     shape: list[int | None] = [None, *array.shape[1:]]
     if head_axis is not None:
         shape[head_axis] = None

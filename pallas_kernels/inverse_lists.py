@@ -3,17 +3,15 @@
 Every query reads the first block, most blocks are read by few: a program that holds one block works on one piece of its list.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
-PIECE = 1024
+from pallas_kernels import flash
 
-# One kernel; the default is a loop of many.
-_search = functools.partial(jnp.searchsorted, method="scan_unrolled")
+PIECE = 1024
 
 
 class Lists(NamedTuple):
@@ -48,8 +46,8 @@ def invert(blocks: Int32[Array, "B T K A"], *, num_blocks: int) -> Lists:
         lists, queries = (packed // length).astype(jnp.int32), (packed % length).astype(jnp.int32)
     else:
         lists, queries = lax.sort((lists, queries), num_keys=1, is_stable=True)
-    ends = _search(lists, jnp.arange(num_lists, dtype=jnp.int32), side="right")
-    return Lists(queries, ends.astype(jnp.int32))
+    ends = flash.search(lists, jnp.arange(num_lists, dtype=jnp.int32), side="right")
+    return Lists(queries, ends)
 
 
 def cut(lists: Lists) -> Pieces:
@@ -59,7 +57,7 @@ def cut(lists: Lists) -> Pieces:
     ends = jnp.cumsum(-(-(lists.ends - begins) // PIECE), dtype=jnp.int32)
     num_pieces = lists.query.shape[0] // PIECE + num_lists
     piece = jnp.arange(num_pieces, dtype=jnp.int32)
-    block = _search(ends, piece, side="right").astype(jnp.int32)
+    block = flash.search(ends, piece, side="right")
     used = block < num_lists
     block = jnp.minimum(block, num_lists - 1)
     before = jnp.where(block > 0, ends[block - 1], 0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from pallas_kernels import flash
 from pallas_kernels.flash import Config, Ranges
 
 
@@ -31,7 +32,7 @@ def positions(
         return Positions(position, last, jnp.zeros_like(last))
 
     def first_of_segment(ids: Array, last: Array) -> Array:
-        return jnp.searchsorted(ids, ids[last], side="left").astype(jnp.int32)
+        return flash.search(ids, ids[last], side="left")
 
     return Positions(position, last, jax.vmap(first_of_segment)(segment_ids, last))
 
@@ -42,7 +43,7 @@ def token_ranges(where: Positions) -> Ranges:
 
 
 def window_ranges(where: Positions, window_start: int | Array, *, length: int, config: Config) -> Ranges:
-    """The last w tokens, as indices of the window branch's keys (DESIGN: w=3, query 5 reads 3, 4, 5)."""
+    """The last w tokens, as indices of the window branch's keys: w=3, query 5 reads 3, 4, 5 if those start at 0."""
     start = jnp.broadcast_to(jnp.asarray(window_start, jnp.int32), where.position.shape[:1])[:, None]
     low = jnp.maximum(where.position - config.window + 1, where.first) - start
     return Ranges(jnp.clip(low, 0, length), jnp.clip(where.position + 1 - start, 0, length))

@@ -37,6 +37,12 @@ class QuerySide(NamedTuple):
     delta: RowValues  # dout . o, which is the gate's gradient
 
 
+def deltas(dout: Float[Array, "B T K G V"], outs: tuple[Float[Array, "B T K G V"], ...]) -> list[RowValues]:
+    """`dout . o` of each branch, which is its gate's gradient."""
+    wide = dout.astype(jnp.float32)
+    return [jnp.sum(wide * out.astype(jnp.float32), axis=-1) for out in outs]
+
+
 # --------------------------------------------------------------------------------------------------------------- forward
 
 
@@ -68,8 +74,8 @@ def forward(
         kernel,
         name,
         grid=(pl.cdiv(length * group, launch.tile.rows), kv_heads, batch),
-        in_specs=specs(inputs),
-        out_specs=specs((out, lse)),
+        in_specs=flash.specs(inputs),
+        out_specs=flash.specs((out, lse)),
         out_shape=(out, lse),
     )(*inputs)
 
@@ -133,8 +139,8 @@ def query_gradient(
         kernel,
         name,
         grid=(pl.cdiv(length * group, launch.tile.rows), kv_heads, batch),
-        in_specs=specs(inputs),
-        out_specs=specs(dq),
+        in_specs=flash.specs(inputs),
+        out_specs=flash.specs(dq),
         out_shape=dq,
         input_output_aliases={len(inputs) - 1: 0} if added is not None and dtype == added.dtype else {},
     )(*inputs)
@@ -200,7 +206,7 @@ def key_value_gradients(
         kernel,
         name,
         grid=(num_tiles * slices, kv_heads, batch),
-        in_specs=[flash.whole(readers, head_axis=None), *specs(inputs[1:])],
+        in_specs=[flash.whole(readers, head_axis=None), *flash.specs(inputs[1:])],
         out_specs=tuple(out_spec(out) for out in outs),
         out_shape=outs,
     )(*inputs)
@@ -215,14 +221,13 @@ def _readers(ranges: Ranges, length: int, num_tiles: int, keys: int) -> Int32[Ar
     end = jnp.minimum(begin + keys, length)
 
     def one_sequence(low: Array, high: Array) -> Array:
-        search = functools.partial(jnp.searchsorted, method="scan_unrolled")
         places = (
-            search(high, begin, side="right"),
-            search(high, end, side="left"),
-            search(low, begin, side="right"),
-            search(low, end, side="left"),
+            flash.search(high, begin, side="right"),
+            flash.search(high, end, side="left"),
+            flash.search(low, begin, side="right"),
+            flash.search(low, end, side="left"),
         )
-        return jnp.stack(places, axis=-1).astype(jnp.int32)
+        return jnp.stack(places, axis=-1)
 
     return jax.vmap(one_sequence)(*ranges)
 
@@ -326,8 +331,3 @@ def _tile_of_rows(low_ref: Any, high_ref: Any, q_ref: Any, tile: Tile) -> tuple[
         keys=tile.keys,
     )
     return rows, bounds
-
-
-def specs(arrays: Any) -> Any:
-    """Whole sequences; of arrays with an axis of key/value heads, one head."""
-    return jax.tree.map(lambda array: flash.whole(array, head_axis=2 if array.ndim > 2 else None), arrays)

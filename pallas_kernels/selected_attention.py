@@ -18,12 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import flash, range_attention
+from pallas_kernels import flash
 from pallas_kernels.flash import Config, Launch, Ranges, Tile
 from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
 
 MAX_UNION = 256  # entries of a union, before it is formed; a query has a bit of 32
-NO_BLOCK = -1
 
 
 class Sum(NamedTuple):
@@ -58,8 +57,8 @@ def unions(blocks: Int32[Array, "B T K A"], queries: int, *, interpret: bool) ->
             functools.partial(_unions_kernel, queries=queries),
             "nsa_unions",
             grid=(num_tiles, kv_heads, batch),
-            in_specs=[range_attention.specs(blocks)],
-            out_specs=range_attention.specs((out, out)),
+            in_specs=[flash.specs(blocks)],
+            out_specs=flash.specs((out, out)),
             out_shape=(out, out),
         )(blocks)
     )
@@ -72,7 +71,7 @@ def _unions_kernel(blocks_ref: Any, union_ref: Any, readers_ref: Any, *, queries
     entry = lax.iota(jnp.int32, flash.next_power_of_2(most))
     reader, slot = flash.divide(entry, slots)
     exists = (entry < most) & (tile * queries + reader < length)
-    block = pltriton.load(blocks_ref.at[tile * queries + reader, slot], mask=exists, other=NO_BLOCK)
+    block = pltriton.load(blocks_ref.at[tile * queries + reader, slot], mask=exists, other=flash.NO_BLOCK)
     same = block[:, None] == block[None, :]
     earlier = entry[None, :] < entry[:, None]
     first = jnp.max((same & earlier).astype(jnp.int32), axis=1) == 0
@@ -82,7 +81,7 @@ def _unions_kernel(blocks_ref: Any, union_ref: Any, readers_ref: Any, *, queries
     place = jnp.sum((order[None, :] < order[:, None]).astype(jnp.int32), axis=1)
     readers = jnp.sum(jnp.where(same, (jnp.int32(1) << reader)[None, :], 0), axis=1)
     index, written = jnp.full_like(entry, tile), entry < most
-    pltriton.store(union_ref.at[index, place], jnp.where(used, block, NO_BLOCK), mask=written)
+    pltriton.store(union_ref.at[index, place], jnp.where(used, block, flash.NO_BLOCK), mask=written)
     pltriton.store(readers_ref.at[index, place], jnp.where(used, readers, 0), mask=written)
 
 
@@ -118,8 +117,8 @@ def selected_forward(
         ),
         "nsa_selected_forward",
         grid=(pl.cdiv(length, queries), kv_heads, query.shape[0]),
-        in_specs=range_attention.specs(inputs),
-        out_specs=range_attention.specs((out, out, lse)),
+        in_specs=flash.specs(inputs),
+        out_specs=flash.specs((out, out, lse)),
         out_shape=(out, out, lse),
     )(*inputs)
 
@@ -170,8 +169,8 @@ def selected_query_gradient(
         functools.partial(_dq_kernel, queries=queries, held=held_keys(config, launch.tile), scale=scale, config=config),
         "nsa_selected_dq",
         grid=(pl.cdiv(length, queries), kv_heads, batch),
-        in_specs=range_attention.specs(inputs),
-        out_specs=range_attention.specs(dq),
+        in_specs=flash.specs(inputs),
+        out_specs=flash.specs(dq),
         out_shape=dq,
     )(*inputs)
 
@@ -245,7 +244,7 @@ class _Reads:
         entries = union_ref.shape[1]
         lane = lax.iota(jnp.int32, flash.next_power_of_2(entries))
         where = (jnp.full_like(lane, self.tile), lane)
-        union = pltriton.load(union_ref.at[where], mask=lane < entries, other=NO_BLOCK)
+        union = pltriton.load(union_ref.at[where], mask=lane < entries, other=flash.NO_BLOCK)
         # A block needs a mask for its tokens if it holds one that a query of the tile may not read.
         begin, end = low_ref[rows.last], high_ref[rows.first]
         before = (union >= 0) & (union * self.size < begin)

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import flash, range_attention
+from pallas_kernels import flash
 from pallas_kernels.flash import Config, Launch, Ranges, Tile
 from pallas_kernels.inverse_lists import Pieces, cut, invert
 from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
@@ -158,58 +158,34 @@ def selected_gradients_by_block(
     Args:
         holes: whether queries may begin to read inside a block, as with packed documents.
     """
-    if added is None:
-        return _gradients(
-            rows, key, value, blocks, tokens, None, jnp.zeros((1,), jnp.int32), config, scale, holes, launch, sum_launch
-        )
-
-    def some_heads(head: Array, blocks: Array, rows: QuerySide, added: Array) -> Gradients:
-        return _gradients(rows, key, value, blocks, tokens, added, head, config, scale, holes, launch, sum_launch)
-
-    bytes_per_head = blocks[:, :, 0].size * rows.query.shape[3] * rows.query.shape[4] * key.dtype.itemsize
-    return _over_heads(some_heads, bytes_per_head, blocks, rows, added)
-
-
-def _gradients(
-    rows: QuerySide,
-    key: Array,
-    value: Array,
-    blocks: Array,
-    tokens: Ranges,
-    added: Array | None,
-    head: Array,
-    config: Config,
-    scale: float,
-    holes: bool,
-    launch: Launch,
-    sum_launch: Launch,
-) -> Gradients:
-    """Of the heads of `blocks` and `rows`, the first of which is `head` among those of the keys."""
-    batch, _, kv_heads, group, size = rows.query.shape
-    lists, pieces = _lists(blocks, key, config)
-    num_pieces, held = pieces.block.shape[0], held_keys(config, launch.tile)
-    partials = [
-        jax.ShapeDtypeStruct((num_pieces, config.select_block, array.shape[-1]), jnp.float32) for array in (key, value)
-    ]
-    if added is not None:
-        partials.append(jax.ShapeDtypeStruct((*blocks.shape, group, size), key.dtype))
+    held = held_keys(config, launch.tile)
     kernel = functools.partial(
         _dkv_kernel, tile=launch.tile, scale=scale, config=config, holes=holes, with_dq=added is not None
     )
-    found = launch(
-        kernel,
-        "nsa_selected_dkv",
-        grid=(num_pieces, -(-config.select_block // held)),
-        out_shape=partials,
-    )(lists.query, *pieces[:-1], head, *tokens, *(() if added is None else (blocks,)), *rows, key, value)
-    dk, dv = (
-        _add_pieces(
-            partial, pieces, (batch, array.shape[1], kv_heads, array.shape[3]), array.dtype, config, held, sum_launch
+
+    def some_heads(head: Array, blocks: Array, rows: QuerySide, added: Grouped | None) -> Gradients:
+        batch, _, kv_heads, group, size = rows.query.shape
+        lists, pieces = _lists(blocks, key, config)
+        num_pieces = pieces.block.shape[0]
+        partials = [
+            jax.ShapeDtypeStruct((num_pieces, config.select_block, array.shape[-1]), jnp.float32)
+            for array in (key, value)
+        ]
+        if added is not None:
+            partials.append(jax.ShapeDtypeStruct((*blocks.shape, group, size), key.dtype))
+        found = launch(
+            kernel,
+            "nsa_selected_dkv",
+            grid=(num_pieces, -(-config.select_block // held)),
+            out_shape=partials,
+        )(lists.query, *pieces[:-1], head, *tokens, *(() if added is None else (blocks,)), *rows, key, value)
+        adding: dict[str, Any] = dict(dtype=key.dtype, config=config, held=held, launch=sum_launch)
+        dk, dv = (
+            _add_pieces(partial, pieces, shape=(batch, array.shape[1], kv_heads, array.shape[3]), **adding)
+            for partial, array in zip(found, (key, value))
         )
-        for partial, array in zip(found, (key, value))
-    )
-    dq = None
-    if added is not None:
+        if added is None:
+            return Gradients(dk, dv, None)
         [dq] = _by_rows(
             functools.partial(_sum_dq_kernel, tile=sum_launch.tile),
             "nsa_selected_sum_dq",
@@ -217,7 +193,12 @@ def _gradients(
             (jax.ShapeDtypeStruct(added.shape, key.dtype),),
             launch=sum_launch,
         )
-    return Gradients(dk, dv, dq)
+        return Gradients(dk, dv, dq)
+
+    if added is None:
+        return some_heads(jnp.zeros((1,), jnp.int32), blocks, rows, None)
+    bytes_per_head = blocks[:, :, 0].size * rows.query.shape[3] * rows.query.shape[4] * key.dtype.itemsize
+    return _over_heads(some_heads, bytes_per_head, blocks, rows, added)
 
 
 def _dkv_kernel(*refs: Any, tile: Tile, scale: float, config: Config, holes: bool, with_dq: bool) -> None:
@@ -281,6 +262,7 @@ def _sum_dq_kernel(blocks_ref: Any, partial_ref: Any, added_ref: Any, dq_ref: An
 def _add_pieces(
     partials: Float[Array, "P X D"],
     pieces: Pieces,
+    *,
     shape: tuple[int, int, int, int],
     dtype: Any,
     config: Config,
@@ -386,7 +368,7 @@ class _Piece:
         lane = jnp.broadcast_to(lax.iota(jnp.int32, shape[1])[None, :], shape)
         where = (*(jnp.broadcast_to(i[:, None], shape) for i in (here, token, there)), lane)
         mask = lane < slots if rows.live is None else (lane < slots) & rows.live[:, None]
-        chosen = pltriton.load(blocks_ref.at[where], mask=mask, other=-1)
+        chosen = pltriton.load(blocks_ref.at[where], mask=mask, other=flash.NO_BLOCK)
         slot = jnp.sum(((chosen >= 0) & (chosen < self.block)).astype(jnp.int32), axis=1)
         if rows.live is not None:
             # No two rows write to one place, not even those that are masked.
@@ -422,8 +404,8 @@ def _by_rows(kernel: Callable[..., None], name: str, inputs: Any, outs: Any, *, 
         kernel,
         name,
         grid=(pl.cdiv(length * group, launch.tile.rows), kv_heads, batch),
-        in_specs=range_attention.specs(inputs),
-        out_specs=range_attention.specs(outs),
+        in_specs=flash.specs(inputs),
+        out_specs=flash.specs(outs),
         out_shape=outs,
     )(*inputs)
 
