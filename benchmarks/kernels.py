@@ -87,23 +87,25 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
     )
     reads = (query, *operands.selected, blocks, visible_slc, selected_attention.Sum(gates, out_cmp, out_win))
     if tiles.by_block:
-        _, out_slc, lse_slc = selected_by_block.selected_forward_by_block(
+        _, kept = selected_by_block.selected_forward_by_block(
             *reads,
             config=config,
             scale=scale,
             holes=False,
             launch=launch("selected_by_block"),
             sum_launch=launch("selected_add"),
+            keep=True,
         )
     else:
-        _, out_slc, lse_slc = selected_attention.selected_forward(
-            *reads, config=config, scale=scale, launch=launch("selected_forward")
+        _, kept = selected_attention.selected_forward(
+            *reads, config=config, scale=scale, launch=launch("selected_forward"), keep=True
         )
-    outs = (out_cmp, out_slc, out_win)
+    assert kept is not None
+    outs = (out_cmp, kept.out, out_win)
     rows = [
         QuerySide(query, dout, gates[..., i].astype(jnp.float32), lse, delta)
         for i, (lse, delta) in enumerate(
-            zip((lse_cmp, lse_slc, lse_win), range_attention.deltas(dout, outs), strict=True)
+            zip((lse_cmp, kept.lse, lse_win), range_attention.deltas(dout, outs), strict=True)
         )
     ]
     dq = window_attention.window_query_gradient(
@@ -183,7 +185,7 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
         )
 
     def selected_forward(tile: Tile) -> Kernel:
-        more: dict[str, Any] = dict(config=config, scale=scale, launch=_launch(tile))
+        more: dict[str, Any] = dict(config=config, scale=scale, launch=_launch(tile), keep=True)
         return lambda x: selected_attention.selected_forward(*_selected_reads(x), **more)
 
     def selected_dq(tile: Tile) -> Kernel:
@@ -194,7 +196,7 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
 
     def forward_by_block(launch: Launch, sum_launch: Launch) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, holes=False, launch=launch, sum_launch=sum_launch)
-        return lambda x: selected_by_block.selected_forward_by_block(*_selected_reads(x), **more)
+        return lambda x: selected_by_block.selected_forward_by_block(*_selected_reads(x), **more, keep=True)
 
     def gradients_by_block(launch: Launch, sum_launch: Launch) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, holes=False, launch=launch, sum_launch=sum_launch)

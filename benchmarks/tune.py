@@ -30,7 +30,7 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     ),
     "compressed_forward": (
         *((128, 32, 4, 2), (128, 32, 4, 3), (128, 64, 4, 1), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3)),
-        *((256, 64, 8, 2), (256, 32, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2)),
+        *((128, 128, 8, 2), (256, 64, 8, 2), (256, 32, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2)),
     ),
     "compressed_dq": (
         *((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 2), (128, 64, 8, 1)),
@@ -47,7 +47,7 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "choice": ((1, 0, 1, 1), (1, 0, 2, 1), (2, 0, 2, 1)),
     "selected_forward": (
         *((16, 64, 1, 2), (16, 32, 1, 2), (16, 32, 1, 3), (16, 32, 2, 3), (16, 64, 2, 2), (32, 64, 2, 2)),
-        *((32, 32, 2, 2), (32, 32, 1, 3), (32, 32, 2, 3), (64, 64, 4, 2), (64, 64, 4, 3)),
+        *((32, 32, 2, 2), (32, 32, 1, 2), (32, 32, 2, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
     ),
     "selected_dq": (
         *((16, 64, 1, 2), (16, 32, 1, 2), (16, 32, 1, 3), (16, 32, 2, 2), (16, 64, 2, 2), (32, 64, 2, 2)),
@@ -81,8 +81,9 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
 }
 # Of a Hopper GPU; a candidate that needs more would only fail to compile.
 SHARED_BYTES = 227 * 1024
-WIDE = 256  # numbers of a key and a value; beyond, large tiles spill and take minutes to compile
-MOST_ACCUMULATORS = 256  # float32 numbers a thread, of the sums that a program holds
+MOST_ACCUMULATORS = (
+    208  # float32 numbers a thread, of sums and scores; tiles with more spill, and take minutes to compile
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,18 +240,19 @@ def fits(kernel: str, tile: Candidate, size: int, value_size: int, itemsize: int
     rows, keys, warps, stages = tile
     if kernel in ("choice", "selected_add"):
         return True
-    if width + value_width > WIDE and (warps > 4 or rows > 64 or keys > 64 or stages > 2):
-        return False
     held = keys or next_power_of_2(select_block)
+    scores = rows * held
     if kernel.endswith("_dkv"):
-        stays, passes, sums = held, rows, held * (width + value_width)
+        stays, passes, sums = held, rows, held * (width + value_width) + 2 * scores
+    elif kernel.endswith("_dq"):
+        stays, passes, sums = rows, held, rows * width + 2 * scores
     elif kernel == "selected_by_block":
-        stays, passes, sums = held, rows, rows * value_width
+        stays, passes, sums = held, rows, rows * value_width + scores
     else:
-        stays, passes, sums = rows, held, rows * (width if kernel.endswith("_dq") else value_width)
+        stays, passes, sums = rows, held, rows * value_width + scores
     shared = (stays + passes * stages) * (width + value_width) * itemsize
     if kernel == "scores":
-        shared, sums = (rows + 4 * keys * stages) * width * itemsize, 4 * rows * keys
+        shared, sums = (rows + 4 * keys * stages) * width * itemsize, 4 * scores
     return shared <= SHARED_BYTES and sums <= MOST_ACCUMULATORS * 32 * warps
 
 

@@ -130,10 +130,20 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: Static, operands: Operands, places: Places, blocks: Array | None) -> Array:
-    return _forward(static, operands, places, blocks)[0]
+    return _branches(static, operands, places, blocks, keep=False)[0]
 
 
 def _forward(static: Static, operands: Operands, places: Places, blocks: Array | None) -> tuple[Array, Any]:
+    out, saved = _branches(static, operands, places, blocks, keep=True)
+    names = ("nsa_blocks", *(f"nsa_{what}_{branch}" for what in ("out", "lse") for branch in ("cmp", "slc", "win")))
+    saved = Saved(*map(checkpoint_name, saved, names))
+    return checkpoint_name(out, "nsa_out"), (operands, places, saved)
+
+
+def _branches(
+    static: Static, operands: Operands, places: Places, blocks: Array | None, *, keep: bool
+) -> tuple[Array, Any]:
+    """Their gated sum, and with `keep` a `Saved`."""
     query, config, scale = operands.query, static.config, static.scale
     out_win, lse_win = window_attention.window_forward(
         query, operands.key_win, operands.value_win, places.window, scale=scale, launch=static.launch("window_forward")
@@ -160,22 +170,22 @@ def _forward(static: Static, operands: Operands, places: Places, blocks: Array |
     branches = selected_attention.Sum(operands.gates, out_cmp, out_win)
     reads = (query, operands.key_slc, operands.value_slc, blocks, places.tokens, branches)
     if static.by_block:
-        out, out_slc, lse_slc = selected_by_block.selected_forward_by_block(
+        out, kept = selected_by_block.selected_forward_by_block(
             *reads,
             config=config,
             scale=scale,
             holes=static.holes,
             launch=static.launch("selected_by_block"),
             sum_launch=static.launch("selected_add"),
+            keep=keep,
         )
     else:
-        out, out_slc, lse_slc = selected_attention.selected_forward(
-            *reads, config=config, scale=scale, launch=static.launch("selected_forward")
+        out, kept = selected_attention.selected_forward(
+            *reads, config=config, scale=scale, launch=static.launch("selected_forward"), keep=keep
         )
-    saved = Saved(blocks, out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win)
-    names = ("nsa_blocks", *(f"nsa_{what}_{branch}" for what in ("out", "lse") for branch in ("cmp", "slc", "win")))
-    saved = Saved(*map(checkpoint_name, saved, names))
-    return checkpoint_name(out, "nsa_out"), (operands, places, saved)
+    if kept is None:
+        return out, None
+    return out, Saved(blocks, out_cmp, kept.out, out_win, lse_cmp, kept.lse, lse_win)
 
 
 def _select(

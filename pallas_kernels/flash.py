@@ -190,15 +190,26 @@ def softmax_start(rows: int, parts: tuple[Part, ...]) -> Softmax:
 
 
 def softmax_step(
-    state: Softmax, products: Array, scale: float, values: tuple[Array, ...], visible: Array | None
+    state: Softmax,
+    products: Array,
+    scale: float,
+    values: tuple[Array, ...],
+    visible: Array | None,
+    reads: Array | None = None,
 ) -> Softmax:
-    """Read a tile of keys: `products` q.k `[rows, keys]`, `values` `[keys, width]` for each part."""
+    """Read a tile of keys: `products` q.k `[rows, keys]`, `values` `[keys, width]` for each part.
+
+    Args:
+        visible: `[rows, keys]`, which row reads which key; None if each reads all.
+        reads: `[rows]`, which rows read the tile at all.
+    """
     # The products are scaled where the highest is subtracted: one multiply-add a score.
     scale *= LOG2E
     if visible is not None:
         products = jnp.where(visible, products, MASKED)
-    highest = jnp.maximum(state.highest, jnp.max(products, axis=1))
-    weights = jnp.exp2(products * scale - (highest * scale)[:, None])
+    best = jnp.max(products, axis=1)
+    highest = jnp.maximum(state.highest, best if reads is None else jnp.where(reads, best, MASKED))
+    weights = jnp.exp2(products * scale - only_if(reads, highest * scale)[:, None])
     if visible is not None:
         weights = jnp.where(visible, weights, 0.0)
     shrink = jnp.exp2((state.highest - highest) * scale)
@@ -207,6 +218,11 @@ def softmax_step(
         for total, value in zip(state.sums, values, strict=True)
     )
     return Softmax(highest, state.total * shrink + jnp.sum(weights, axis=1), sums)
+
+
+def only_if(reads: Array | None, subtracted: Array) -> Array:
+    """What a row subtracts from its scores: so much that no weight is left, if it does not read them."""
+    return subtracted if reads is None else jnp.where(reads, subtracted, -MASKED)
 
 
 def softmax_end(state: Softmax, scale: float) -> tuple[tuple[Array, ...], Array]:

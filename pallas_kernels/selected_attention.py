@@ -33,6 +33,13 @@ class Sum(NamedTuple):
     out_win: Float[Array, "B T K G V"]
 
 
+class Kept(NamedTuple):
+    """What the forward pass of the selected branch keeps for its backward pass."""
+
+    out: Float[Array, "B T K G V"]
+    lse: RowValues  # base 2
+
+
 # ---------------------------------------------------------------------------------------------------------------- unions
 
 
@@ -99,49 +106,48 @@ def selected_forward(
     config: Config,
     scale: float,
     launch: Launch,
-) -> tuple[Float[Array, "B T K G V"], Float[Array, "B T K G V"], RowValues]:
-    """The gated sum of the three branches, and the selected branch's output and log-sum-exp (base 2).
+    keep: bool,
+) -> tuple[Float[Array, "B T K G V"], Kept | None]:
+    """The gated sum of the three branches, and what the backward pass wants if it is to be kept.
 
     Args:
         blocks: ascending, unused slots (-1) last.
         tokens: what a query may read of the tokens, `positions.token_ranges`.
     """
     _, length, kv_heads, group, _ = query.shape
-    out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), value.dtype)
-    lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)
+    outs = result_shapes(query, value, keep=keep)
     queries = queries_per_tile(launch.tile, group, blocks.shape[-1])
     inputs = (*unions(blocks, queries, interpret=launch.interpret), *tokens, query, key, value, *branches)
-    return launch(
+    out, *kept = launch(
         functools.partial(
             _forward_kernel, queries=queries, held=held_keys(config, launch.tile), scale=scale, config=config
         ),
         "nsa_selected_forward",
         grid=(pl.cdiv(length, queries), kv_heads, query.shape[0]),
         in_specs=flash.specs(inputs),
-        out_specs=flash.specs((out, out, lse)),
-        out_shape=(out, out, lse),
+        out_specs=flash.specs(outs),
+        out_shape=outs,
     )(*inputs)
+    return out, Kept(*kept) if keep else None
 
 
 def _forward_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config) -> None:
-    *read_refs, q_ref, k_ref, v_ref, gates_ref, cmp_ref, win_ref, out_ref, slc_ref, lse_ref = refs
+    *read_refs, q_ref, k_ref, v_ref, gates_ref, cmp_ref, win_ref = refs[:10]
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     rows = _Rows(q_ref, queries)
     reads = _Reads(read_refs, rows, config, held)
     query = flash.load_parts(q_ref, rows.index, q_parts, rows.live)
 
     def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
-        key_index, visible, readable = reads.keys(j, masked)
+        key_index, chosen, visible, readable = reads.keys(j, masked)
         key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
-        return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible)
+        return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible, chosen)
 
     state = flash.softmax_start(rows.count, v_parts)
     outs, lse = flash.softmax_end(reads.over_tiles(step, state), scale)
-    flash.store_parts(slc_ref, rows.index, v_parts, outs, rows.live)
-    flash.store_rows(lse_ref, rows.index, lse, rows.live)
     total = flash.gated_sum(gates_ref, rows.index, v_parts, (cmp_ref, win_ref), outs, rows.live)
-    flash.store_parts(out_ref, rows.index, v_parts, total, rows.live)
+    store_results(refs[10:], rows.index, v_parts, total, outs, lse, rows.live)
 
 
 # -------------------------------------------------------------------------------------------------------------- backward
@@ -186,10 +192,10 @@ def _dq_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config
     slope = gate * scale
 
     def step(j: Any, sums: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
-        key_index, visible, readable = reads.keys(j, masked)
+        key_index, chosen, visible, readable = reads.keys(j, masked)
         key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
-        weights = jnp.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
+        weights = jnp.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - flash.only_if(chosen, lse)[:, None])
         if visible is not None:
             weights = jnp.where(visible, weights, 0.0)
         dscores = weights * (flash.dot_parts(dout, value) * slope[:, None] - (slope * delta)[:, None])
@@ -202,6 +208,30 @@ def _dq_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
+
+
+def result_shapes(query: Grouped, value: Array, *, keep: bool) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The gated sum, and what is kept."""
+    out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), value.dtype)
+    return (out, out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)) if keep else (out,)
+
+
+def store_results(
+    refs: tuple[Any, ...],
+    index: tuple[Array, ...],
+    parts: tuple[flash.Part, ...],
+    total: tuple[Array, ...],
+    outs: tuple[Array, ...],
+    lse: Array,
+    live: Array | None,
+) -> None:
+    """Into arrays of `result_shapes`."""
+    total_ref, *kept_refs = refs
+    if kept_refs:
+        out_ref, lse_ref = kept_refs
+        flash.store_parts(out_ref, index, parts, outs, live)
+        flash.store_rows(lse_ref, index, lse, live)
+    flash.store_parts(total_ref, index, parts, total, live)
 
 
 def held_keys(config: Config, tile: Tile) -> int:
@@ -257,23 +287,23 @@ class _Reads:
     def over_tiles(self, step: Any, state: Any) -> Any:
         return flash.over_tiles(0, self.inner, self.outer, self.count, step, state)
 
-    def keys(self, tile: Any, masked: bool) -> tuple[Array, Array | None, Array | None]:
-        """A tile's keys, which row reads which (None: all do), and which keys may be loaded (None: all).
+    def keys(self, tile: Any, masked: bool) -> tuple[Array, Array | None, Array | None, Array | None]:
+        """A tile's keys; which rows chose its block, and which of them see which key; which keys may be loaded.
 
-        A key that no row reads may hold anything, and 0 * NaN is NaN.
+        None stands for all. A key that no row reads may hold anything, and 0 * NaN is NaN.
         """
         slot, part = flash.divide(tile, self.parts)
         block = self.union_ref[self.tile, slot]
         in_block = part * self.held + lax.iota(jnp.int32, self.held)
         index = block * self.size + in_block
         shape = (self.rows.count, self.held)
-        visible = readable = None
+        chosen = visible = readable = None
         if self.rows.queries > 1:
-            chosen = (self.readers_ref[self.tile, slot] >> self.rows.query) & 1
-            visible = jnp.broadcast_to((chosen == 1)[:, None], shape)
+            chosen = ((self.readers_ref[self.tile, slot] >> self.rows.query) & 1) == 1
         if masked:
-            inside = (self.low[:, None] <= index[None, :]) & (index[None, :] < self.high[:, None])
-            inside &= (in_block < self.size)[None, :]
-            visible = inside if visible is None else visible & inside
+            visible = (self.low[:, None] <= index[None, :]) & (index[None, :] < self.high[:, None])
+            visible &= (in_block < self.size)[None, :]
+            if chosen is not None:
+                visible &= jnp.broadcast_to(chosen[:, None], shape)
             readable = jnp.max(visible.astype(jnp.int32), axis=0) > 0
-        return index, visible, readable
+        return index, chosen, visible, readable

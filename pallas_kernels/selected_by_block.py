@@ -26,8 +26,8 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import flash
 from pallas_kernels.flash import Config, Launch, Ranges, Tile
 from pallas_kernels.inverse_lists import Pieces, cut, invert
-from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
-from pallas_kernels.selected_attention import Sum, held_keys
+from pallas_kernels.range_attention import Grouped, QuerySide
+from pallas_kernels.selected_attention import Kept, Sum, held_keys, result_shapes, store_results
 
 MAX_PARTIALS = 2**30
 
@@ -56,7 +56,8 @@ def selected_forward_by_block(
     holes: bool,
     launch: Launch,
     sum_launch: Launch,
-) -> tuple[Float[Array, "B T K G V"], Float[Array, "B T K G V"], RowValues]:
+    keep: bool,
+) -> tuple[Float[Array, "B T K G V"], Kept | None]:
     """As `selected_attention.selected_forward`."""
     size = value.shape[-1]
     kernel = functools.partial(_partial_forward_kernel, tile=launch.tile, scale=scale, config=config, holes=holes)
@@ -71,15 +72,14 @@ def selected_forward_by_block(
         found = launch(kernel, "nsa_selected_partial_forward", grid=pieces.block.shape, out_shape=partials)(
             lists.query, *pieces[:-1], head, *tokens, blocks, query, key, value
         )
-        out = jax.ShapeDtypeStruct((*query.shape[:-1], size), value.dtype)
-        lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)
-        return _by_rows(
+        out, *kept = _by_rows(
             functools.partial(_sum_forward_kernel, tile=sum_launch.tile),
             "nsa_selected_sum_forward",
             (blocks, *found, *branches),
-            (out, out, lse),
+            result_shapes(query, value, keep=keep),
             launch=sum_launch,
         )
+        return out, Kept(*kept) if keep else None
 
     bytes_per_head = blocks[:, :, 0].size * query.shape[3] * size * value.dtype.itemsize
     return _over_heads(some_heads, bytes_per_head, blocks, query, branches)
@@ -108,7 +108,7 @@ def _partial_forward_kernel(*refs: Any, tile: Tile, scale: float, config: Config
 
 
 def _sum_forward_kernel(blocks_ref: Any, partial_ref: Any, partial_lse_ref: Any, *refs: Any, tile: Tile) -> None:
-    gates_ref, cmp_ref, win_ref, out_ref, slc_ref, lse_ref = refs
+    gates_ref, cmp_ref, win_ref, *result_refs = refs
     num_tokens, slots, group, size = partial_ref.shape
     parts = flash.head_parts(size)
     rows = flash.rows_from(pl.program_id(0) * tile.rows, tile.rows, group, num_tokens)
@@ -130,10 +130,8 @@ def _sum_forward_kernel(blocks_ref: Any, partial_ref: Any, partial_lse_ref: Any,
     state = lax.fori_loop(0, slots, step, flash.softmax_start(tile.rows, parts))
     # The scores are in base 2 already.
     outs, lse = flash.softmax_end(state, 1.0 / flash.LOG2E)
-    flash.store_parts(slc_ref, where, parts, outs, rows.live)
-    flash.store_rows(lse_ref, where, lse, rows.live)
     total = flash.gated_sum(gates_ref, where, parts, (cmp_ref, win_ref), outs, rows.live)
-    flash.store_parts(out_ref, where, parts, total, rows.live)
+    store_results(tuple(result_refs), where, parts, total, outs, lse, rows.live)
 
 
 # -------------------------------------------------------------------------------------------------------------- backward

@@ -10,6 +10,8 @@ from nsa_jax import KeyValue
 from nsa_jax.testing import Case, Inputs, assert_as_accurate, assert_best_blocks, make_inputs
 from tests import oracle
 
+ROUNDING = 1e-5  # of float32, in sums of products of a few numbers of size 1
+
 
 class Solution(NamedTuple):
     out: Any
@@ -62,9 +64,17 @@ def assert_solves(actual: Solution, problem: Problem, reference: Solution | None
     for (path, got), want, ideal in zip(leaves, others, exact, strict=True):
         # Wider gates have a gradient as wide, but it comes of outputs that are kept in the values' dtype.
         got, want = got.astype(problem.cotangent.dtype), want.astype(problem.cotangent.dtype)
-        assert_as_accurate(got, want, ideal, name=jax.tree_util.keystr(path))
+        assert_result(got, want, ideal, name=jax.tree_util.keystr(path))
     scores = oracle.importance(problem.inputs.query, problem.inputs.compressed.key, **problem.choice)
     assert_best_blocks(actual.blocks, problem.exact.blocks, scores)
+
+
+def assert_result(actual: jax.Array, reference: jax.Array, exact: Any, *, name: str) -> None:
+    """`assert_as_accurate`, but of a result that is 0 (a softmax over one key has no gradient) only that it is rounding."""
+    if actual.dtype == jnp.float32 and np.abs(exact).max(initial=0) < ROUNDING:
+        assert np.abs(actual).max(initial=0) < ROUNDING, name
+    else:
+        assert_as_accurate(actual, reference, exact, name=name)
 
 
 def read_keys(problem: Problem) -> list[np.ndarray]:
