@@ -42,6 +42,7 @@ class Prepared(NamedTuple):
     visible_slc: Ranges
     visible_win: Ranges
     candidates: BlockRanges
+    forced: tuple[Ranges, Ranges]
     blocks: Array
     outs: tuple[Array, Array, Array]  # of compressed, selected, window
     lse_cmp: Array
@@ -66,6 +67,7 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
     visible_slc = positions.token_ranges(where)
     visible_win = positions.window_ranges(where, 0, length=num_keys, config=config)
     candidates = positions.candidate_blocks(where, config=config)
+    forced = positions.forced_ranges(where, config=config)
     launch, scale = _launches(tiles), size**-0.5
     out_win, lse_win = window_attention.window_forward(
         query, *operands.window, visible_win, scale=scale, launch=launch("window_forward")
@@ -98,7 +100,13 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
         )
     else:
         _, kept = selected_attention.selected_forward(
-            *reads, config=config, scale=scale, launch=launch("selected_forward"), keep=True
+            *reads,
+            config=config,
+            scale=scale,
+            holes=False,
+            forced=selected_attention.Forced(forced, launch("selected_forced")),
+            launch=launch("selected_forward"),
+            keep=True,
         )
     assert kept is not None
     outs = (out_cmp, kept.out, out_win)
@@ -121,6 +129,7 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
         visible_slc,
         visible_win,
         candidates,
+        forced,
         blocks,
         outs,
         lse_cmp,
@@ -138,7 +147,8 @@ Kernel = Callable[[Prepared], Any]
 def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Callable[[Tile], Kernel]]:
     """By the names of `Tiles`: for a tile, the kernel as a function of what it reads. Other kernels' tiles are from `tiles`.
 
-    `scores` and `choice` both stand for the whole selection, `selected_add` for the kernels whose parts it sums.
+    `scores` and `choice` both stand for the whole selection, `selected_add` for the kernels whose parts it sums;
+    `selected_forward` includes `selected_forced` where it needs it.
     """
     fixed = _launches(tiles)
 
@@ -184,9 +194,16 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
             **more,
         )
 
-    def selected_forward(tile: Tile) -> Kernel:
-        more: dict[str, Any] = dict(config=config, scale=scale, launch=_launch(tile), keep=True)
-        return lambda x: selected_attention.selected_forward(*_selected_reads(x), **more)
+    def selected_forward(launch: Launch, forced_launch: Launch) -> Kernel:
+        more: dict[str, Any] = dict(config=config, scale=scale, holes=False, launch=launch, keep=True)
+        return lambda x: selected_attention.selected_forward(
+            *_selected_reads(x), forced=selected_attention.Forced(x.forced, forced_launch), **more
+        )
+
+    def selected_forced(tile: Tile) -> Kernel:
+        return lambda x: selected_attention.forced_forward(
+            x.query, *x.keys_slc, selected_attention.Forced(x.forced, _launch(tile)), scale=scale, holes=False
+        )
 
     def selected_dq(tile: Tile) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, launch=_launch(tile))
@@ -225,7 +242,8 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
         "compressed_dkv": compressed_dkv,
         "scores": lambda tile: selection(_launch(tile), fixed("choice")),
         "choice": lambda tile: selection(fixed("scores"), _launch(tile)),
-        "selected_forward": selected_forward,
+        "selected_forced": selected_forced,
+        "selected_forward": lambda tile: selected_forward(_launch(tile), fixed("selected_forced")),
         "selected_dq": selected_dq,
         "selected_dkv": lambda tile: gradients_by_block(_launch(tile), fixed("selected_add")),
         "selected_by_block": lambda tile: forward_by_block(_launch(tile), fixed("selected_add")),
@@ -235,14 +253,14 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
 
 def names_in_use(tiles: Tiles) -> tuple[str, ...]:
     """The kernels that run with these tiles: the selected branch goes by query or by block."""
-    unused = ("selected_forward", "selected_dq") if tiles.by_block else ("selected_by_block",)
+    unused = ("selected_forced", "selected_forward", "selected_dq") if tiles.by_block else ("selected_by_block",)
     return tuple(name for name in kernels(config=NSAConfig(), scale=1.0, tiles=tiles) if name not in unused)
 
 
 def parts(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Kernel]:
     """What a forward and backward pass is made of, with these tiles; each is timed once."""
     every = kernels(config=config, scale=scale, tiles=tiles)
-    timed_with_others = ("choice", "selected_add")
+    timed_with_others = ("choice", "selected_forced", "selected_add")
     made = {
         "selection" if name == "scores" else name: every[name](getattr(tiles, name))
         for name in names_in_use(tiles)

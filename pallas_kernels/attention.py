@@ -30,6 +30,7 @@ from pallas_kernels.positions import (
     BlockRanges,
     candidate_blocks,
     compressed_ranges,
+    forced_ranges,
     positions,
     token_ranges,
     window_ranges,
@@ -73,12 +74,13 @@ class Operands(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What each query may read in each branch, and the blocks that it may choose."""
+    """What each query may read in each branch, and the blocks that it may choose and will."""
 
     compressed: Ranges
     tokens: Ranges
     window: Ranges
     candidates: BlockRanges
+    forced: tuple[Ranges, Ranges]
 
 
 class Saved(NamedTuple):
@@ -119,6 +121,7 @@ def attend(
         token_ranges(where),
         window_ranges(where, window_start, length=window[0].shape[1], config=config),
         candidate_blocks(where, config=config),
+        forced_ranges(where, config=config),
     )
     if blocks is not None and blocks.shape[-1] == 0:
         # Arrays have no axis of length 0 for a kernel to read.
@@ -157,7 +160,10 @@ def _branches(
         holes=static.holes,
         launch=static.launch("compressed_forward"),
     )
+    forced = None
     if blocks is None:
+        if config.num_initial + config.num_local > 0:
+            forced = selected_attention.Forced(places.forced, static.launch("selected_forced"))
         blocks = _select(
             static,
             query,
@@ -181,7 +187,13 @@ def _branches(
         )
     else:
         out, kept = selected_attention.selected_forward(
-            *reads, config=config, scale=scale, launch=static.launch("selected_forward"), keep=keep
+            *reads,
+            config=config,
+            scale=scale,
+            holes=static.holes,
+            forced=forced,
+            launch=static.launch("selected_forward"),
+            keep=keep,
         )
     if kept is None:
         return out, None

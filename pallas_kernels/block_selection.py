@@ -154,14 +154,13 @@ def _scores_kernel(
             offset, index = flash.divide(lane, tile.keys)
             offset, index = offset + r, j * tile.keys + index
             key = flash.load_parts(k_ref, (offset, index), parts, index < num_blocks if masked else None)
-            p = jnp.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
+            p = flash.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
             if masked:
                 i = index * units + offset
                 p = jnp.where((low[:, None] <= i[None, :]) & (i[None, :] < high[:, None]), p, 0.0)
-            overlap = jnp.minimum(shared, units - offset).astype(jnp.float32)[None, :]
-            own, after = sums
-            own = own + _over_places(p * overlap, packed)
-            return own, after + _over_places(p * (shared - overlap), packed)
+            outside = jnp.maximum(shared - units + offset, 0).astype(jnp.float32)[None, :]
+            total, after = sums
+            return total + _over_places(p, packed), after + _over_places(p * outside, packed)
 
         zero = jnp.zeros((per_tile * padded, tile.keys), jnp.float32)
         sums = (zero, zero)
@@ -170,15 +169,16 @@ def _scores_kernel(
             sums = place(r, sums)
         if units > UNROLLED * packed:
             sums = lax.fori_loop(0, units // packed, lambda i, sums: place(i * packed, sums), sums)
+        total, after = sums
         query_index = in_chunk + lax.iota(jnp.int32, per_tile)
         exists = (query_index < chunk) & (start_ref[0] + query_index < num_tokens)
         shape = (per_tile, tile.keys)
         where = (jnp.broadcast_to(query_index[:, None], shape), jnp.broadcast_to(block[None, :], shape))
         written = jnp.broadcast_to(exists[:, None], shape) & jnp.broadcast_to((block < num_blocks)[None, :], shape)
-        for ref, total in zip(sums_refs, sums):
+        for ref, found in zip(sums_refs, (total * shared - after, after)):
             # Rows of heads that the group does not have are not counted.
-            total = jnp.where(live[:, None], total, 0.0).reshape(per_tile, padded, tile.keys)
-            pltriton.store(ref.at[where], jnp.sum(total, axis=1), mask=written)
+            found = jnp.where(live[:, None], found, 0.0).reshape(per_tile, padded, tile.keys)
+            pltriton.store(ref.at[where], jnp.sum(found, axis=1), mask=written)
         return carry
 
     last_token = jnp.minimum(begin + per_tile, num_tokens) - 1

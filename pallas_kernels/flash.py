@@ -12,6 +12,7 @@ sticks out of the last part is masked. Scores are kept in base 2, `scale * log2(
 with g the row's gate: `dout` is the gradient of the gated sum.
 """
 
+import contextvars
 import dataclasses
 import functools
 import math
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-from jaxtyping import Array
+from jaxtyping import Array, Float32
 
 LOG2E = math.log2(math.e)
 # Stands for minus infinity in masked scores; finite, because (-inf) - (-inf) would be NaN in a row that sees nothing.
@@ -162,6 +163,16 @@ def store_rows(ref: Any, index: tuple[Array, ...], values: Array, live: Array | 
 # ----------------------------------------------------------------------------------------------------------- arithmetic
 
 
+def exp2(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """2^x, and 0 where that is no normal number: one instruction, where that of CUDA's library is four."""
+    if _INTERPRETED.get():
+        return jnp.exp2(x)
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    more: dict[str, Any] = dict(constraints="=f,f", pack=1, result_shape_dtypes=[out])
+    [result] = pltriton.elementwise_inline_asm("ex2.approx.ftz.f32 $0, $1;", args=[x], **more)
+    return result
+
+
 def dot(a: Array, b: Array) -> Array:
     """`a @ b` in float32; float32 operands are never rounded to TF32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
@@ -189,6 +200,11 @@ def softmax_start(rows: int, parts: tuple[Part, ...]) -> Softmax:
     )
 
 
+def softmax_resume(outs: tuple[Array, ...], lse: Array, scale: float) -> Softmax:
+    """From what `softmax_end` gave, of rows that saw a key."""
+    return Softmax(lse / (scale * LOG2E), jnp.ones_like(lse), tuple(part.astype(jnp.float32) for part in outs))
+
+
 def softmax_step(
     state: Softmax,
     products: Array,
@@ -209,10 +225,10 @@ def softmax_step(
         products = jnp.where(visible, products, MASKED)
     best = jnp.max(products, axis=1)
     highest = jnp.maximum(state.highest, best if reads is None else jnp.where(reads, best, MASKED))
-    weights = jnp.exp2(products * scale - only_if(reads, highest * scale)[:, None])
+    weights = exp2(products * scale - only_if(reads, highest * scale)[:, None])
     if visible is not None:
         weights = jnp.where(visible, weights, 0.0)
-    shrink = jnp.exp2((state.highest - highest) * scale)
+    shrink = exp2((state.highest - highest) * scale)
     sums = tuple(
         total * shrink[:, None] + dot(weights.astype(value.dtype), value)
         for total, value in zip(state.sums, values, strict=True)
@@ -286,6 +302,10 @@ def search(ascending: Array, values: Array, *, side: str) -> Array:
 # --------------------------------------------------------------------------------------------------------------- calls
 
 
+# Whether the kernel that is being traced is to be interpreted, where there are no instructions of a GPU.
+_INTERPRETED = contextvars.ContextVar("interpreted", default=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """Triton's options of a call."""
@@ -296,7 +316,15 @@ class Launch:
     def __call__(self, kernel: Callable[..., None], name: str, **arguments: Any) -> Callable[..., Any]:
         # Without explicit Triton parameters, JAX 0.10 lowers to another backend.
         params = pltriton.CompilerParams(num_warps=self.tile.warps, num_stages=self.tile.stages)
-        return pl.pallas_call(kernel, name=name, compiler_params=params, interpret=self.interpret, **arguments)
+
+        def traced(*refs: Any) -> None:
+            token = _INTERPRETED.set(self.interpret)
+            try:
+                kernel(*refs)
+            finally:
+                _INTERPRETED.reset(token)
+
+        return pl.pallas_call(traced, name=name, compiler_params=params, interpret=self.interpret, **arguments)
 
 
 def specs(arrays: Any) -> Any:

@@ -56,6 +56,15 @@ def compressed_ranges(where: Positions, *, config: Config) -> Ranges:
     return Ranges(-(-where.first // d), high)
 
 
+def forced_ranges(where: Positions, *, config: Config) -> tuple[Ranges, Ranges]:
+    """The tokens of the blocks that every query chooses, its first and its last: l'=16, query 40 has 0 .. 15 and 16 .. 40."""
+    candidates = candidate_blocks(where, config=config)
+    end = where.last + 1
+    after_initial = jnp.minimum((candidates.first + config.num_initial) * config.select_block, end)
+    local = (candidates.own - config.num_local + 1) * config.select_block
+    return Ranges(where.first, after_initial), Ranges(jnp.maximum(jnp.maximum(local, after_initial), where.first), end)
+
+
 class BlockRanges(NamedTuple):
     """The candidates of each query's selection: blocks `first .. own`."""
 

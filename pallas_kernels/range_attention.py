@@ -50,8 +50,7 @@ def forward(
     query: Grouped,
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K V"],
-    ranges: Ranges,
-    *,
+    *ranges: Ranges,
     scale: float,
     holes: bool,
     launch: Launch,
@@ -60,6 +59,7 @@ def forward(
     """Outputs and log-sum-exps (base 2, of scaled scores); both 0 for a query that reads nothing.
 
     Args:
+        ranges: one or more, of which no two share a key.
         holes: whether there may be keys between a tile's first and last that none of its rows reads. They may hold NaN.
     """
     if key.shape[1] == 0:
@@ -69,7 +69,7 @@ def forward(
     out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), value.dtype)
     lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)
     kernel = functools.partial(_forward_kernel, tile=launch.tile, scale=scale, holes=holes)
-    inputs = (*ranges, query, key, value)
+    inputs = (*(bound for pair in ranges for bound in pair), query, key, value)
     return launch(
         kernel,
         name,
@@ -80,25 +80,14 @@ def forward(
     )(*inputs)
 
 
-def _forward_kernel(
-    low_ref: Any,
-    high_ref: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    o_ref: Any,
-    lse_ref: Any,
-    *,
-    tile: Tile,
-    scale: float,
-    holes: bool,
-) -> None:
-    rows, bounds = _tile_of_rows(low_ref, high_ref, q_ref, tile)
+def _forward_kernel(*refs: Any, tile: Tile, scale: float, holes: bool) -> None:
+    *range_refs, q_ref, k_ref, v_ref, o_ref, lse_ref = refs
+    rows = _tile_of_rows(q_ref, tile)
     where = (rows.token, rows.head)
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     query = flash.load_parts(q_ref, where, q_parts, rows.live)
 
-    def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
+    def step(bounds: _Bounds, j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
         key_index = bounds.start(j) + lax.iota(jnp.int32, tile.keys)
         visible, readable = bounds.masks(key_index, holes) if masked else (None, None)
         key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
@@ -106,7 +95,10 @@ def _forward_kernel(
         return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible)
 
     state = flash.softmax_start(tile.rows, v_parts)
-    state = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.num_tiles, step, state)
+    for low_ref, high_ref in zip(range_refs[::2], range_refs[1::2], strict=True):
+        bounds = _bounds(low_ref, high_ref, rows, q_ref, tile)
+        read = functools.partial(step, bounds)
+        state = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.num_tiles, read, state)
     outs, lse = flash.softmax_end(state, scale)
     flash.store_parts(o_ref, where, v_parts, outs, rows.live)
     flash.store_rows(lse_ref, where, lse, rows.live)
@@ -149,7 +141,8 @@ def query_gradient(
 def _dq_kernel(low_ref: Any, high_ref: Any, *refs: Any, tile: Tile, scale: float, holes: bool, adds: bool) -> None:
     q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref = refs[:7]
     dq_ref = refs[-1]
-    rows, bounds = _tile_of_rows(low_ref, high_ref, q_ref, tile)
+    rows = _tile_of_rows(q_ref, tile)
+    bounds = _bounds(low_ref, high_ref, rows, q_ref, tile)
     where = (rows.token, rows.head)
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     query = flash.load_parts(q_ref, where, q_parts, rows.live)
@@ -163,7 +156,7 @@ def _dq_kernel(low_ref: Any, high_ref: Any, *refs: Any, tile: Tile, scale: float
         visible, readable = bounds.masks(key_index, holes) if masked else (None, None)
         key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
-        weights = jnp.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
+        weights = flash.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
         if visible is not None:
             weights = jnp.where(visible, weights, 0.0)
         dscores = weights * (flash.dot_parts(dout, value) * slope[:, None] - (slope * delta)[:, None])
@@ -254,7 +247,7 @@ def _dkv_kernel(
         dout = flash.load_parts(dout_ref, where, v_parts, live)
         gate, lse, delta = (flash.load_rows(ref, where, live) for ref in (gate_ref, lse_ref, delta_ref))
         # [keys, rows]
-        weights = jnp.exp2(flash.dot_parts(key, query) * (scale * flash.LOG2E) - lse[None, :]) * gate[None, :]
+        weights = flash.exp2(flash.dot_parts(key, query) * (scale * flash.LOG2E) - lse[None, :]) * gate[None, :]
         if masked:
             low, high = (flash.load_rows(ref, (rows.token,), live) for ref in (low_ref, high_ref))
             visible = (low[None, :] <= key_index[:, None]) & (key_index[:, None] < high[None, :]) & rows.live[None, :]
@@ -310,17 +303,24 @@ class _Bounds(NamedTuple):
         return visible, readable
 
 
-def _tile_of_rows(low_ref: Any, high_ref: Any, q_ref: Any, tile: Tile) -> tuple[flash.Rows, _Bounds]:
-    num_tokens, group = q_ref.shape[:2]
+def _first_row(tile: Tile) -> Any:
     # The longest rows first: the last programs to start are the shortest.
-    start = (pl.num_programs(0) - 1 - pl.program_id(0)) * tile.rows
-    rows = flash.rows_from(start, tile.rows, group, num_tokens)
+    return (pl.num_programs(0) - 1 - pl.program_id(0)) * tile.rows
+
+
+def _tile_of_rows(q_ref: Any, tile: Tile) -> flash.Rows:
+    return flash.rows_from(_first_row(tile), tile.rows, q_ref.shape[1], q_ref.shape[0])
+
+
+def _bounds(low_ref: Any, high_ref: Any, rows: flash.Rows, q_ref: Any, tile: Tile) -> _Bounds:
+    num_tokens, group = q_ref.shape[:2]
+    start = _first_row(tile)
     low = flash.load_rows(low_ref, (rows.token,), rows.live)
     high = flash.load_rows(high_ref, (rows.token,), rows.live)
     first_token, last_token = start // group, jnp.minimum((start + tile.rows - 1) // group, num_tokens - 1)
     first, last = low_ref[first_token], high_ref[last_token]
     inner, outer = low_ref[last_token], high_ref[first_token]
-    bounds = _Bounds(
+    return _Bounds(
         low,
         high,
         first,
@@ -330,4 +330,3 @@ def _tile_of_rows(low_ref: Any, high_ref: Any, q_ref: Any, tile: Tile) -> tuple[
         num_tiles=flash.ceil_div(jnp.maximum(last - first, 0), tile.keys),
         keys=tile.keys,
     )
-    return rows, bounds

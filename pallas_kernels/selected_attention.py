@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import flash
+from pallas_kernels import flash, range_attention
 from pallas_kernels.flash import Config, Launch, Ranges, Tile
 from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
 
@@ -31,6 +31,13 @@ class Sum(NamedTuple):
     gates: Float[Array, "B T K G 3"]  # compressed, selected, window
     out_cmp: Float[Array, "B T K G V"]
     out_win: Float[Array, "B T K G V"]
+
+
+class Forced(NamedTuple):
+    """Blocks that every query chooses are read by many queries at once, before the others."""
+
+    ranges: tuple[Ranges, Ranges]  # positions.forced_ranges
+    launch: Launch
 
 
 class Kept(NamedTuple):
@@ -105,34 +112,48 @@ def selected_forward(
     *,
     config: Config,
     scale: float,
+    holes: bool,
+    forced: Forced | None,
     launch: Launch,
     keep: bool,
 ) -> tuple[Float[Array, "B T K G V"], Kept | None]:
     """The gated sum of the three branches, and what the backward pass wants if it is to be kept.
 
     Args:
+        holes: as in `range_attention.forward`.
+        forced: None if there are no forced blocks, or may be a query that did not choose its own.
         blocks: ascending, unused slots (-1) last.
         tokens: what a query may read of the tokens, `positions.token_ranges`.
     """
     _, length, kv_heads, group, _ = query.shape
     outs = result_shapes(query, value, keep=keep)
     queries = queries_per_tile(launch.tile, group, blocks.shape[-1])
-    inputs = (*unions(blocks, queries, interpret=launch.interpret), *tokens, query, key, value, *branches)
+    inputs: tuple[Any, ...] = (*unions(blocks, queries, interpret=launch.interpret), *tokens, query, key, value)
+    inputs += branches
+    # Adjacent queries may differ in what they are forced to read; their union holds it once, anyway.
+    if forced is not None and queries > 1:
+        forced = None
+    if forced is not None:
+        inputs += forced_forward(query, key, value, forced, scale=scale, holes=holes)
+    kernel = functools.partial(_forward_kernel, queries=queries, held=held_keys(config, launch.tile))
     out, *kept = launch(
-        functools.partial(
-            _forward_kernel, queries=queries, held=held_keys(config, launch.tile), scale=scale, config=config
-        ),
+        functools.partial(kernel, scale=scale, config=config, forced=forced is not None, num_results=len(outs)),
         "nsa_selected_forward",
         grid=(pl.cdiv(length, queries), kv_heads, query.shape[0]),
         in_specs=flash.specs(inputs),
         out_specs=flash.specs(outs),
         out_shape=outs,
+        # A program reads its own rows of what was begun, and then writes its results there.
+        input_output_aliases={} if forced is None else {len(inputs) - 2: 0},
     )(*inputs)
     return out, Kept(*kept) if keep else None
 
 
-def _forward_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config) -> None:
+def _forward_kernel(
+    *refs: Any, queries: int, held: int, scale: float, config: Config, forced: bool, num_results: int
+) -> None:
     *read_refs, q_ref, k_ref, v_ref, gates_ref, cmp_ref, win_ref = refs[:10]
+    forced_refs, result_refs = refs[10:-num_results], refs[-num_results:]
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     rows = _Rows(q_ref, queries)
     reads = _Reads(read_refs, rows, config, held)
@@ -144,10 +165,30 @@ def _forward_kernel(*refs: Any, queries: int, held: int, scale: float, config: C
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
         return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible, chosen)
 
-    state = flash.softmax_start(rows.count, v_parts)
+    if forced_refs:
+        forced_ref, forced_lse_ref = forced_refs
+        reads.leave_out_forced(config)
+        outs = flash.load_parts(forced_ref, rows.index, v_parts, rows.live)
+        state = flash.softmax_resume(outs, flash.load_rows(forced_lse_ref, rows.index, rows.live), scale)
+    else:
+        state = flash.softmax_start(rows.count, v_parts)
     outs, lse = flash.softmax_end(reads.over_tiles(step, state), scale)
     total = flash.gated_sum(gates_ref, rows.index, v_parts, (cmp_ref, win_ref), outs, rows.live)
-    store_results(refs[10:], rows.index, v_parts, total, outs, lse, rows.live)
+    store_results(result_refs, rows.index, v_parts, total, outs, lse, rows.live)
+
+
+def forced_forward(
+    query: Grouped,
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    forced: Forced,
+    *,
+    scale: float,
+    holes: bool,
+) -> tuple[Float[Array, "B T K G V"], RowValues]:
+    """Attention to the forced blocks alone, and its log-sum-exp."""
+    more: dict[str, Any] = dict(scale=scale, holes=holes, launch=forced.launch, name="nsa_selected_forced")
+    return range_attention.forward(query, key, value, *forced.ranges, **more)
 
 
 # -------------------------------------------------------------------------------------------------------------- backward
@@ -195,7 +236,7 @@ def _dq_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config
         key_index, chosen, visible, readable = reads.keys(j, masked)
         key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
-        weights = jnp.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - flash.only_if(chosen, lse)[:, None])
+        weights = flash.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - flash.only_if(chosen, lse)[:, None])
         if visible is not None:
             weights = jnp.where(visible, weights, 0.0)
         dscores = weights * (flash.dot_parts(dout, value) * slope[:, None] - (slope * delta)[:, None])
@@ -279,13 +320,25 @@ class _Reads:
         begin, end = low_ref[rows.last], high_ref[rows.first]
         before = (union >= 0) & (union * self.size < begin)
         until = (union >= 0) & ((union + 1) * self.size <= end)
-        count, inner, outer = (jnp.sum(x.astype(jnp.int32)) for x in (union >= 0, before, until))
+        count, inner, outer = _count(union >= 0), _count(before), _count(until)
         whole = self.parts * self.held == self.size
-        self.count = count * self.parts
-        self.inner, self.outer = (inner * self.parts, outer * self.parts) if whole else (self.count, self.count)
+        # Of the last block, which is most often the queries' own, the parts that begin at keys to come are left out.
+        reached = jnp.clip(high_ref[rows.last] - jnp.max(union) * self.size, 0, self.size)
+        self.count = (count - 1) * self.parts + flash.ceil_div(reached, self.held)
+        # Parts of a block that stick out of it are masked.
+        self.inner = inner * self.parts if whole else self.count
+        self.outer = outer * self.parts if whole else self.count
+        self.begin, self.union = jnp.int32(0), union
+        self.first_block, self.own_block = begin // self.size, (end - 1) // self.size
+
+    def leave_out_forced(self, config: Config) -> None:
+        """Of one query's list, the first and last blocks."""
+        initial = (self.union >= 0) & (self.union < self.first_block + config.num_initial)
+        others = (self.union >= 0) & (self.union <= self.own_block - config.num_local)
+        self.begin, self.count = _count(initial) * self.parts, jnp.minimum(self.count, _count(others) * self.parts)
 
     def over_tiles(self, step: Any, state: Any) -> Any:
-        return flash.over_tiles(0, self.inner, self.outer, self.count, step, state)
+        return flash.over_tiles(self.begin, self.inner, self.outer, self.count, step, state)
 
     def keys(self, tile: Any, masked: bool) -> tuple[Array, Array | None, Array | None, Array | None]:
         """A tile's keys; which rows chose its block, and which of them see which key; which keys may be loaded.
@@ -307,3 +360,7 @@ class _Reads:
                 visible &= jnp.broadcast_to(chosen[:, None], shape)
             readable = jnp.max(visible.astype(jnp.int32), axis=0) > 0
         return index, chosen, visible, readable
+
+
+def _count(true: Array) -> Array:
+    return jnp.sum(true.astype(jnp.int32))

@@ -120,7 +120,7 @@ def _sum_forward_kernel(blocks_ref: Any, partial_ref: Any, partial_lse_ref: Any,
         lse = jnp.where(used, flash.load_rows(partial_lse_ref, (rows.token, at, rows.head), used), flash.MASKED)
         values = flash.load_parts(partial_ref, (rows.token, at, rows.head), parts, used)
         highest = jnp.maximum(state.highest, lse)
-        weight, shrink = jnp.where(used, jnp.exp2(lse - highest), 0.0), jnp.exp2(state.highest - highest)
+        weight, shrink = jnp.where(used, flash.exp2(lse - highest), 0.0), flash.exp2(state.highest - highest)
         sums = tuple(
             total * shrink[:, None] + weight[:, None] * more.astype(jnp.float32)
             for total, more in zip(state.sums, values, strict=True)
@@ -213,7 +213,7 @@ def _dkv_kernel(*refs: Any, tile: Tile, scale: float, config: Config, holes: boo
         dout = flash.load_parts(dout_ref, rows.where, v_parts, rows.live)
         gate, lse, delta = (flash.load_rows(ref, rows.where, rows.live) for ref in (gate_ref, lse_ref, delta_ref))
         # [keys, rows]
-        weights = jnp.exp2(flash.dot_parts(key, query) * (scale * flash.LOG2E) - lse[None, :]) * gate[None, :]
+        weights = flash.exp2(flash.dot_parts(key, query) * (scale * flash.LOG2E) - lse[None, :]) * gate[None, :]
         dscores = flash.dot_parts(value, dout) * scale - (delta * scale)[None, :]
         visible = piece.visible(rows) if masked else None
         if visible is not None:

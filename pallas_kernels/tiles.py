@@ -35,6 +35,7 @@ class Tiles:
     compressed_dkv: Tile
     scores: Tile
     choice: Tile
+    selected_forced: Tile
     selected_forward: Tile
     selected_dq: Tile
     selected_dkv: Tile
@@ -90,6 +91,7 @@ def rule(dtype: str, size: int, value_size: int, group: int) -> Tiles:
         compressed_dkv=Tile(rows, keys, 4, 2),
         scores=Tile(rows, min(32, keys), 4, 2),
         choice=Tile(1, 0, 1, 1),
+        selected_forced=Tile(rows, keys, 4, 2),
         selected_forward=Tile(min(SELECTED_ROWS, rows), keys, 2, 2),
         selected_dq=Tile(min(SELECTED_ROWS, rows), keys, 2, 2),
         selected_dkv=Tile(rows, min(keys, _power_of_2_below(2**14 // numbers, 16, 128)), 4, 2),

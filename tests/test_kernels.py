@@ -51,25 +51,29 @@ SIZES = dict(
     compressed_forward=(32, 16),
     compressed_dq=(16, 16),
     compressed_dkv=(16, 16),
+    selected_forced=(32, 16),
     scores=(32, 16),
     choice=(4, 0),
 )
 
 
-def kernels_of(*, by_block: bool) -> Implementation:
+def kernels_of(*, by_block: bool, selected_rows: int = 16) -> Implementation:
     """Small tiles; the selected branch by query or by block."""
     rule = tiles.rule("float32", 16, 16, 1)
     small = {name: Tile(rows, keys, 4, 2) for name, (rows, keys) in SIZES.items()}
     selected = {
-        name: tile._replace(rows=min(16, tile.rows)) for name, tile in vars(rule).items() if name[:8] == "selected"
+        name: tile._replace(rows=min(selected_rows, tile.rows))
+        for name, tile in vars(rule).items()
+        if name[:8] == "selected"
     }
-    options = dict(tiles=dataclasses.replace(rule, **small, **selected, by_block=by_block), interpret=True)
+    options = dict(tiles=dataclasses.replace(rule, **(selected | small), by_block=by_block), interpret=True)
     return Implementation(
         functools.partial(pallas_kernels.select_blocks, **options), functools.partial(pallas_kernels.attend, **options)
     )
 
 
 BY_QUERY, BY_BLOCK = kernels_of(by_block=False), kernels_of(by_block=True)
+ONE_QUERY = kernels_of(by_block=False, selected_rows=1)
 REFERENCE = Implementation(reference.select_blocks, reference.attend)
 
 
@@ -160,6 +164,26 @@ def test_kernels_are_as_accurate_as_the_reference(name, dtype, by_block, cut_sma
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
     for mask, pair in zip(unread, actual.gradients[1:4], strict=False):
         assert not np.any(np.asarray(pair.key)[mask]) and not np.any(np.asarray(pair.value)[mask])
+
+
+FORCED = (
+    *("plain", "more_slots_than_blocks", "group_5", "long_block", "nothing_forced", "many_forced", "segments_aligned"),
+    *("segments_unaligned", "segments_and_start", "query_start_per_sequence", "one_query_late"),
+)
+
+
+@pytest.mark.parametrize("name", FORCED)
+def test_forced_blocks_are_read_apart(name, cut_small):
+    """Where a program reads for one query, and the kernels chose the blocks."""
+    cut_small(CASES[name].config)
+    problem = pose(CASES[name])
+    inputs, _, cotangent = problem.arguments
+    run = program(problem.case, ONE_QUERY, gradients=name == "plain")
+    assert ("nsa_selected_forced" in str(run.trace(inputs, None, cotangent).jaxpr)) == (name != "nothing_forced")
+    assert_solves(run(inputs, None, cotangent), problem)
+    unread = [~mask for mask in read_keys(problem)]
+    poisoned = run(with_nan(inputs, unread), None, cotangent)
+    assert_solves(poisoned, problem)
 
 
 @pytest.mark.parametrize("implementation", [BY_QUERY, BY_BLOCK], ids=["by_query", "by_block"])
