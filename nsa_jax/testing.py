@@ -172,6 +172,7 @@ def assert_as_accurate(
     exact: Float[Array, "..."] | Float[np.ndarray, "..."],
     *,
     name: str = "result",
+    terms: int = 1024,
 ) -> None:
     """The tolerance rule: an implementation errs at most twice as much as the reference does in the same dtype.
 
@@ -182,8 +183,9 @@ def assert_as_accurate(
         reference: the xla implementation's result in that dtype.
         exact: the xla implementation's result in float32, or an oracle's in float64, from the same (rounded) inputs.
         name: for the message.
+        terms: how many numbers are summed, in float32, for one of the result.
 
-    The floor is the rounding of the largest result to the dtype, and for float32 that of a sum of about a thousand terms.
+    The floor is the rounding of the largest result to the dtype, and for float32 that of a sum of so many terms.
 
     Raises:
         AssertionError: the error is larger, or something is not finite.
@@ -194,8 +196,8 @@ def assert_as_accurate(
     got, want, ideal = (np.asarray(x, np.float64) for x in (actual, reference, exact))
     if not got.size:
         return
-    terms = 32 if actual.dtype == jnp.float32 else 1
-    floor = terms * float(jnp.finfo(actual.dtype).eps) * np.abs(ideal).max()
+    roundings = terms**0.5 if actual.dtype == jnp.float32 else 1
+    floor = roundings * float(jnp.finfo(actual.dtype).eps) * np.abs(ideal).max()
     error, allowed = np.abs(got - ideal).max(), 2 * np.abs(want - ideal).max() + floor
     if error > allowed:
         where = np.unravel_index(np.abs(got - ideal).argmax(), got.shape)

@@ -69,12 +69,12 @@ def assert_solves(actual: Solution, problem: Problem, reference: Solution | None
     assert_best_blocks(actual.blocks, problem.exact.blocks, scores)
 
 
-def assert_result(actual: jax.Array, reference: jax.Array, exact: Any, *, name: str) -> None:
+def assert_result(actual: jax.Array, reference: jax.Array, exact: Any, **more: Any) -> None:
     """`assert_as_accurate`, but of a result that is 0 (a softmax over one key has no gradient) only that it is rounding."""
     if actual.dtype == jnp.float32 and np.abs(exact).max(initial=0) < ROUNDING:
-        assert np.abs(actual).max(initial=0) < ROUNDING, name
+        assert np.abs(actual).max(initial=0) < ROUNDING, more
     else:
-        assert_as_accurate(actual, reference, exact, name=name)
+        assert_as_accurate(actual, reference, exact, **more)
 
 
 def read_keys(problem: Problem) -> list[np.ndarray]:

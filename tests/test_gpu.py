@@ -82,12 +82,14 @@ def on_device(case: Case, dtype: str, device):
     return jax.device_put((jax.tree.map(jnp.asarray, make_inputs(case, dtype=dtype)), cotangent_of(case)), device)
 
 
-def assert_all_as_accurate(actual: Solution, reference: Solution, exact: Solution) -> None:
+def assert_all_as_accurate(actual: Solution, reference: Solution, exact: Solution, case: Case) -> None:
+    # Every head of every query reads the first block: its gradient is the longest sum.
+    terms = case.queries * case.heads // case.kv_heads
     cpu = jax.devices("cpu")[0]
     named = jax.tree_util.tree_flatten_with_path(actual[:2])[0]
     for (path, got), want, ideal in zip(named, *map(jax.tree.leaves, (reference[:2], exact[:2])), strict=True):
         got, want, ideal = jax.device_put((got, want, ideal), cpu)
-        assert_result(got, want, ideal, name=jax.tree_util.keystr(path))
+        assert_result(got, want, ideal, name=jax.tree_util.keystr(path), terms=terms)
 
 
 def assert_same_bits(one, other) -> None:
@@ -124,7 +126,7 @@ def test_long_texts(name: str, dtype: str):
     exact = solve(widened(inputs), blocks, cotangent, case=case, implementation="xla")
     reference = exact if dtype == "float32" else solve(inputs, blocks, cotangent, case=case, implementation="xla")
     actual = solve(inputs, blocks, cotangent, case=case, implementation="pallas")
-    assert_all_as_accurate(actual, reference, exact)
+    assert_all_as_accurate(actual, reference, exact, case)
     assert_best_blocks(actual.blocks, exact.blocks, block_scores(inputs, case=case))
     assert_same_bits(solve(inputs, blocks, cotangent, case=case, implementation="pallas"), actual)
 
@@ -150,7 +152,7 @@ def test_long_65536_tokens_against_the_reference():
     blocks = choose(inputs, case=case)
     exact = solve(inputs, blocks, cotangent, case=case, implementation="xla")
     actual = solve(inputs, blocks, cotangent, case=case, implementation="pallas")
-    assert_all_as_accurate(actual, exact, exact)
+    assert_all_as_accurate(actual, exact, exact, case)
     differing = np.any(np.asarray(actual.blocks) != np.asarray(exact.blocks), axis=-1)
     assert differing.mean() < 1e-4  # of hundreds of scores, some are tied but for rounding
 
@@ -229,7 +231,8 @@ def test_save_attention_runs_no_forward_kernel_twice(name: str):
         lines = [line for line in program.splitlines() if "custom-call(" in line and TARGET in line]
         assert lines
         counts = {kernel: sum(kernel in line for line in lines) for kernel in FORWARD}
-        return {**counts, "all": len(lines)}
+        # Unions are no forward kernel: both passes form them from the blocks, and may do it once for both.
+        return {**counts, "all": sum("nsa_unions" not in line for line in lines)}
 
     once = calls(compiled(layer, inputs.query))
     assert all(once[kernel] == 2 for kernel in FORWARD)  # two layers
