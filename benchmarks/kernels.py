@@ -1,8 +1,6 @@
 """Each kernel of `pallas_kernels` alone, with inputs as it has them in a training step.
 
-`prepare` runs the forward kernels once; a kernel is a function of what that gave, for any tile. Two places differ from a
-training step: dq of the compressed branch is added to what is in a buffer of its own and written in the query's dtype (in a
-step it is written over the buffer, in float32, which alone would be timed with a copy of it); and what goes by block includes
+`prepare` runs the forward kernels once; a kernel is a function of what that gave, for any tile. What goes by block includes
 the inversion of the lists (`invert`, also timed by itself) and the sums of partial results.
 """
 
@@ -26,7 +24,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.flash import Launch, Ranges, Tile
 from pallas_kernels.positions import BlockRanges
-from pallas_kernels.range_attention import QuerySide
+from pallas_kernels.range_attention import Branch, QuerySide
 from pallas_kernels.tiles import Tiles
 
 
@@ -42,15 +40,15 @@ class Prepared(NamedTuple):
     visible_slc: Ranges
     visible_win: Ranges
     candidates: BlockRanges
-    forced: tuple[Ranges, Ranges]
+    forced: tuple[Ranges, Ranges] | None  # where forced blocks are read apart
     blocks: Array
-    outs: tuple[Array, Array, Array]  # of compressed, selected, window
     lse_cmp: Array
     dout: Array
     rows_cmp: QuerySide
     rows_slc: QuerySide
     rows_win: QuerySide
-    dq: Array  # float32: of the window
+    branches: tuple[Branch, Branch, Branch]
+    dq: Array  # float32: of all that is read in ranges
 
 
 def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: Tiles) -> Prepared:
@@ -67,7 +65,7 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
     visible_slc = positions.token_ranges(where)
     visible_win = positions.window_ranges(where, 0, length=num_keys, config=config)
     candidates = positions.candidate_blocks(where, config=config)
-    forced = positions.forced_ranges(where, config=config)
+    forced = None if tiles.by_block else positions.forced_ranges(where, config=config)
     launch, scale = _launches(tiles), size**-0.5
     out_win, lse_win = window_attention.window_forward(
         query, *operands.window, visible_win, scale=scale, launch=launch("window_forward")
@@ -104,21 +102,21 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
             config=config,
             scale=scale,
             holes=False,
-            forced=selected_attention.Forced(forced, launch("selected_forced")),
+            forced=_forced(forced, launch("selected_forced")),
             launch=launch("selected_forward"),
             keep=True,
         )
     assert kept is not None
-    outs = (out_cmp, kept.out, out_win)
-    rows = [
-        QuerySide(query, dout, gates[..., i].astype(jnp.float32), lse, delta)
-        for i, (lse, delta) in enumerate(
-            zip((lse_cmp, kept.lse, lse_win), range_attention.deltas(dout, outs), strict=True)
-        )
-    ]
-    dq = window_attention.window_query_gradient(
-        rows[2], *operands.window, visible_win, None, dtype=jnp.float32, scale=scale, launch=launch("window_dq")
+    gates_of = [gates[..., i].astype(jnp.float32) for i in range(3)]
+    branches = (
+        Branch(*operands.compressed, (visible_cmp,), out_cmp, gates_of[0], lse_cmp),
+        Branch(*operands.selected, forced or (), kept.out, gates_of[1], kept.lse),
+        Branch(*operands.window, (visible_win,), out_win, gates_of[2], lse_win),
     )
+    dq, deltas = range_attention.query_gradient(
+        query, dout, branches, scale=scale, holes=False, launch=launch("range_dq")
+    )
+    rows = [QuerySide(query, dout, x.gate, x.lse, delta) for x, delta in zip(branches, deltas, strict=True)]
     return Prepared(
         query,
         operands.compressed,
@@ -131,12 +129,12 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
         candidates,
         forced,
         blocks,
-        outs,
         lse_cmp,
         dout,
         rows_cmp=rows[0],
         rows_slc=rows[1],
         rows_win=rows[2],
+        branches=branches,
         dq=dq,
     )
 
@@ -157,9 +155,9 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
             x.query, *x.keys_win, x.visible_win, scale=scale, launch=_launch(tile)
         )
 
-    def window_dq(tile: Tile) -> Kernel:
-        more: dict[str, Any] = dict(dtype=jnp.float32, scale=scale, launch=_launch(tile))
-        return lambda x: window_attention.window_query_gradient(x.rows_win, *x.keys_win, x.visible_win, None, **more)
+    def range_dq(tile: Tile) -> Kernel:
+        more: dict[str, Any] = dict(scale=scale, holes=False, launch=_launch(tile))
+        return lambda x: range_attention.query_gradient(x.query, x.dout, x.branches, **more)
 
     def window_dkv(tile: Tile) -> Kernel:
         return lambda x: window_attention.window_key_value_gradients(
@@ -169,12 +167,6 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
     def compressed_forward(tile: Tile) -> Kernel:
         return lambda x: compressed_attention.compressed_forward(
             x.query, *x.keys_cmp, x.visible_cmp, scale=scale, holes=False, launch=_launch(tile)
-        )
-
-    def compressed_dq(tile: Tile) -> Kernel:
-        more: dict[str, Any] = dict(scale=scale, holes=False, launch=_launch(tile))
-        return lambda x: compressed_attention.compressed_query_gradient(
-            x.rows_cmp, *x.keys_cmp, x.visible_cmp, x.dq, dtype=x.query.dtype, **more
         )
 
     def compressed_dkv(tile: Tile) -> Kernel:
@@ -197,18 +189,24 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
     def selected_forward(launch: Launch, forced_launch: Launch) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, holes=False, launch=launch, keep=True)
         return lambda x: selected_attention.selected_forward(
-            *_selected_reads(x), forced=selected_attention.Forced(x.forced, forced_launch), **more
+            *_selected_reads(x), forced=_forced(x.forced, forced_launch), **more
         )
 
     def selected_forced(tile: Tile) -> Kernel:
-        return lambda x: selected_attention.forced_forward(
-            x.query, *x.keys_slc, selected_attention.Forced(x.forced, _launch(tile)), scale=scale, holes=False
-        )
+        def run(x: Prepared) -> tuple[Array, Array]:
+            assert x.forced is not None
+            forced = selected_attention.Forced(x.forced, _launch(tile))
+            return selected_attention.forced_forward(x.query, *x.keys_slc, forced, scale=scale, holes=False)
+
+        return run
 
     def selected_dq(tile: Tile) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, launch=_launch(tile))
         return lambda x: selected_attention.selected_query_gradient(
-            x.rows_slc, *x.keys_slc, x.blocks, x.visible_slc, x.dq, dtype=x.query.dtype, **more
+            *(x.rows_slc, *x.keys_slc, x.blocks, x.visible_slc, x.dq),
+            dtype=x.query.dtype,
+            apart=x.forced is not None,
+            **more,
         )
 
     def forward_by_block(launch: Launch, sum_launch: Launch) -> Kernel:
@@ -235,10 +233,9 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
 
     return {
         "window_forward": window_forward,
-        "window_dq": window_dq,
         "window_dkv": window_dkv,
         "compressed_forward": compressed_forward,
-        "compressed_dq": compressed_dq,
+        "range_dq": range_dq,
         "compressed_dkv": compressed_dkv,
         "scores": lambda tile: selection(_launch(tile), fixed("choice")),
         "choice": lambda tile: selection(fixed("scores"), _launch(tile)),
@@ -269,12 +266,15 @@ def parts(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Kernel]
     made["invert"] = lambda x: inverse_lists.cut(
         inverse_lists.invert(x.blocks, num_blocks=config.num_blocks(x.keys_slc.key.shape[1]))
     )
-    made["deltas"] = lambda x: range_attention.deltas(x.dout, x.outs)
     return made
 
 
+def _forced(ranges: tuple[Ranges, Ranges] | None, launch: Launch) -> selected_attention.Forced | None:
+    return None if ranges is None else selected_attention.Forced(ranges, launch)
+
+
 def _selected_reads(x: Prepared) -> tuple[Any, ...]:
-    branches = selected_attention.Sum(x.gates, x.outs[0], x.outs[2])
+    branches = selected_attention.Sum(x.gates, x.branches[0].out, x.branches[2].out)
     return x.query, *x.keys_slc, x.blocks, x.visible_slc, branches
 
 

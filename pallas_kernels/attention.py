@@ -4,8 +4,9 @@ Forward: window; compressed; the choice of blocks, from the compressed branch's 
 forms the gated sum. Kept for the backward pass: the branches' outputs (rounded to the values' dtype) and log-sum-exps, and
 the blocks.
 
-Backward: `delta = dout . o` of each branch, which is its gate's gradient; dq of the three branches, each kernel adding to
-the one before in float32; dk and dv.
+Backward: one kernel forms `delta = dout . o` of each branch, which is its gate's gradient, and dq of all that is read in
+ranges: the window, the compressed tokens, and the selected blocks that every query is forced to choose. A second adds dq of
+the other selected blocks. Then dk and dv of each branch.
 """
 
 import functools
@@ -35,7 +36,7 @@ from pallas_kernels.positions import (
     token_ranges,
     window_ranges,
 )
-from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
+from pallas_kernels.range_attention import Branch, Grouped, QuerySide, RowValues
 from pallas_kernels.tiles import Tiles, tiles_for
 
 
@@ -80,7 +81,9 @@ class Places(NamedTuple):
     tokens: Ranges
     window: Ranges
     candidates: BlockRanges
-    forced: tuple[Ranges, Ranges]
+    forced: (
+        tuple[Ranges, Ranges] | None
+    )  # of the tokens, where every query's forced blocks are read apart from the others
 
 
 class Saved(NamedTuple):
@@ -116,16 +119,18 @@ def attend(
     num_keys, kv_heads, value_size = selected[1].shape[1:]
     static = Static(config, scale, tiles or tiles_for(query, kv_heads, value_size), segment_ids is not None, interpret)
     where = positions(query_start, segment_ids, batch=batch, num_queries=length, num_keys=num_keys)
+    if blocks is not None and blocks.shape[-1] == 0:
+        # Arrays have no axis of length 0 for a kernel to read.
+        blocks = jnp.full((*blocks.shape[:-1], 1), flash.NO_BLOCK, jnp.int32)
+    # The caller's blocks need not hold them, and a program of one block reads for all who chose it anyway.
+    apart = blocks is None and not static.by_block and config.num_initial + config.num_local > 0
     places = Places(
         compressed_ranges(where, config=config),
         token_ranges(where),
         window_ranges(where, window_start, length=window[0].shape[1], config=config),
         candidate_blocks(where, config=config),
-        forced_ranges(where, config=config),
+        forced_ranges(where, config=config) if apart else None,
     )
-    if blocks is not None and blocks.shape[-1] == 0:
-        # Arrays have no axis of length 0 for a kernel to read.
-        blocks = jnp.full((*blocks.shape[:-1], 1), flash.NO_BLOCK, jnp.int32)
     operands = Operands(_grouped(query, kv_heads), *compressed, *selected, *window, _grouped(gates, kv_heads))
     out = _attend(static, operands, places, blocks)
     return out.reshape(batch, length, num_heads, out.shape[-1])
@@ -160,10 +165,7 @@ def _branches(
         holes=static.holes,
         launch=static.launch("compressed_forward"),
     )
-    forced = None
     if blocks is None:
-        if config.num_initial + config.num_local > 0:
-            forced = selected_attention.Forced(places.forced, static.launch("selected_forced"))
         blocks = _select(
             static,
             query,
@@ -186,6 +188,9 @@ def _branches(
             keep=keep,
         )
     else:
+        forced = None
+        if places.forced is not None:
+            forced = selected_attention.Forced(places.forced, static.launch("selected_forced"))
         out, kept = selected_attention.selected_forward(
             *reads,
             config=config,
@@ -227,34 +232,19 @@ def _select(
 def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, None, None]:
     operands, places, saved = residuals
     scale, config = static.scale, static.config
-    deltas = range_attention.deltas(dout, (saved.out_cmp, saved.out_slc, saved.out_win))
     gates = operands.gates.astype(jnp.float32)
-    compressed, selected, window = (
-        QuerySide(operands.query, dout, gates[..., i], lse, delta)
-        for i, (lse, delta) in enumerate(zip((saved.lse_cmp, saved.lse_slc, saved.lse_win), deltas, strict=True))
-    )
     key_cmp, value_cmp, key_slc, value_slc, key_win, value_win = operands[1:7]
-
-    dq = window_attention.window_query_gradient(
-        window,
-        key_win,
-        value_win,
-        places.window,
-        None,
-        dtype=jnp.float32,
-        scale=scale,
-        launch=static.launch("window_dq"),
+    branches = (
+        Branch(key_cmp, value_cmp, (places.compressed,), saved.out_cmp, gates[..., 0], saved.lse_cmp),
+        Branch(key_slc, value_slc, places.forced or (), saved.out_slc, gates[..., 1], saved.lse_slc),
+        Branch(key_win, value_win, (places.window,), saved.out_win, gates[..., 2], saved.lse_win),
     )
-    dq = compressed_attention.compressed_query_gradient(
-        compressed,
-        key_cmp,
-        value_cmp,
-        places.compressed,
-        dq,
-        dtype=jnp.float32,
-        scale=scale,
-        holes=static.holes,
-        launch=static.launch("compressed_dq"),
+    dq, deltas = range_attention.query_gradient(
+        operands.query, dout, branches, scale=scale, holes=static.holes, launch=static.launch("range_dq")
+    )
+    compressed, selected, window = (
+        QuerySide(operands.query, dout, branch.gate, branch.lse, delta)
+        for branch, delta in zip(branches, deltas, strict=True)
     )
     dkv_cmp = compressed_attention.compressed_key_value_gradients(
         compressed,
@@ -275,6 +265,7 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
             dtype=operands.query.dtype,
             config=config,
             scale=scale,
+            apart=places.forced is not None,
             launch=static.launch("selected_dq"),
         )
     found = selected_by_block.selected_gradients_by_block(

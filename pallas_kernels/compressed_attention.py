@@ -4,8 +4,6 @@ A range of keys for each query; the kernels are those of `range_attention.py`. T
 pass, and for `block_selection.py`, whose importance is made of the same softmax.
 """
 
-from typing import Any
-
 from jaxtyping import Array, Float
 
 from pallas_kernels import range_attention
@@ -33,24 +31,6 @@ def compressed_forward(
     """
     return range_attention.forward(
         query, key, value, ranges, scale=scale, holes=holes, launch=launch, name="nsa_compressed_forward"
-    )
-
-
-def compressed_query_gradient(
-    rows: QuerySide,
-    key: Float[Array, "B C K H"],
-    value: Float[Array, "B C K V"],
-    ranges: Ranges,
-    added: Grouped | None,
-    *,
-    dtype: Any,
-    scale: float,
-    holes: bool,
-    launch: Launch,
-) -> Grouped:
-    """dq of the compressed branch plus `added`."""
-    return range_attention.query_gradient(
-        rows, key, value, ranges, added, dtype=dtype, scale=scale, holes=holes, launch=launch, name="nsa_compressed_dq"
     )
 
 

@@ -184,6 +184,12 @@ def dot_parts(a: tuple[Array, ...], b: tuple[Array, ...]) -> Array:
     return functools.reduce(jnp.add, [dot(x, y.T) for x, y in zip(a, b, strict=True)])
 
 
+def dot_rows(a: tuple[Array, ...], b: tuple[Array, ...]) -> Array:
+    """Of each row of `a` with the same row of `b`, `[rows]`, summed over the parts of a head."""
+    products = [jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=1) for x, y in zip(a, b, strict=True)]
+    return functools.reduce(jnp.add, products)
+
+
 class Softmax(NamedTuple):
     """A softmax-weighted sum of values, as far as its keys have been read."""
 
@@ -247,6 +253,41 @@ def softmax_end(state: Softmax, scale: float) -> tuple[tuple[Array, ...], Array]
     total = jnp.where(none, 1.0, state.total)
     outs = tuple(part / total[:, None] for part in state.sums)
     return outs, jnp.where(none, 0.0, state.highest * (scale * LOG2E) + jnp.log2(total))
+
+
+class GradientRows(NamedTuple):
+    """What the gradient of the queries wants of each row."""
+
+    query: tuple[Array, ...]  # parts, [rows, width]
+    dout: tuple[Array, ...]
+    lse: Array  # [rows]
+    slope: Array  # [rows]: gate * scale
+    shift: Array  # [rows]: gate * scale * delta
+
+
+def gradient_rows(
+    query: tuple[Array, ...], dout: tuple[Array, ...], gate: Array, lse: Array, delta: Array, scale: float
+) -> GradientRows:
+    # Scaled before the rounding of dscores: float16 has little room for gradients that are scaled up.
+    slope = gate * scale
+    return GradientRows(query, dout, lse, slope, slope * delta)
+
+
+def dq_step(
+    sums: tuple[Array, ...],
+    rows: GradientRows,
+    key: tuple[Array, ...],
+    value: tuple[Array, ...],
+    scale: float,
+    visible: Array | None,
+    reads: Array | None = None,
+) -> tuple[Array, ...]:
+    """Add a tile of keys to dq; `visible` and `reads` as in `softmax_step`."""
+    weights = exp2(dot_parts(rows.query, key) * (scale * LOG2E) - only_if(reads, rows.lse)[:, None])
+    if visible is not None:
+        weights = jnp.where(visible, weights, 0.0)
+    dscores = weights * (dot_parts(rows.dout, value) * rows.slope[:, None] - rows.shift[:, None])
+    return tuple(total + dot(dscores.astype(part.dtype), part) for total, part in zip(sums, key, strict=True))
 
 
 def gated_sum(

@@ -6,9 +6,10 @@ so a tile of rows reads the keys between its first row's `low` and its last row'
 row's `low` and its first row's `high`. Positions, packing and visibility are all in the two arrays.
 
 Forward and dq: a program holds a tile of rows and passes over tiles of keys; grid (tile of rows, key/value head, sequence),
-the longest rows first. dk and dv: a program holds a tile of keys and passes over the rows that read it; grid (tile of
-keys and slice of its rows, key/value head, sequence); slices are summed in their order. Products in dk and dv are formed
-transposed, `[keys, rows]`, which is how the tensor cores want them next.
+the longest rows first. dq is formed of several branches at once, since they have the same rows. dk and dv: a program holds
+a tile of keys and passes over the rows that read it; grid (tile of keys and slice of its rows, key/value head, sequence);
+slices are summed in their order. Products in dk and dv are formed transposed, `[keys, rows]`, which is how the tensor cores
+want them next.
 """
 
 import functools
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import flash
 from pallas_kernels.flash import Launch, Ranges, Tile
@@ -35,12 +36,6 @@ class QuerySide(NamedTuple):
     gate: RowValues
     lse: RowValues
     delta: RowValues  # dout . o, which is the gate's gradient
-
-
-def deltas(dout: Float[Array, "B T K G V"], outs: tuple[Float[Array, "B T K G V"], ...]) -> list[RowValues]:
-    """`dout . o` of each branch, which is its gate's gradient."""
-    wide = dout.astype(jnp.float32)
-    return [jnp.sum(wide * out.astype(jnp.float32), axis=-1) for out in outs]
 
 
 # --------------------------------------------------------------------------------------------------------------- forward
@@ -107,65 +102,88 @@ def _forward_kernel(*refs: Any, tile: Tile, scale: float, holes: bool) -> None:
 # -------------------------------------------------------------------------------------------------------------- backward
 
 
+class Branch(NamedTuple):
+    """What one branch gives to the gradient of the queries."""
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K V"]
+    ranges: tuple[Ranges, ...]  # of which no two share a key; with none of them, the branch gives its delta alone
+    out: Float[Array, "B T K G V"]
+    gate: RowValues
+    lse: RowValues
+
+
 def query_gradient(
-    rows: QuerySide,
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    ranges: Ranges,
-    added: Float[Array, "B T K G H"] | None,
+    query: Grouped,
+    dout: Float[Array, "B T K G V"],
+    branches: tuple[Branch, ...],
     *,
-    dtype: Any,
     scale: float,
     holes: bool,
     launch: Launch,
-    name: str,
-) -> Float[Array, "B T K G H"]:
-    """dq of this branch, plus `added` (float32), in `dtype`."""
-    if key.shape[1] == 0:
-        return (jnp.zeros(rows.query.shape, jnp.float32) if added is None else added).astype(dtype)
-    batch, length, kv_heads, group, _ = rows.query.shape
-    dq = jax.ShapeDtypeStruct(rows.query.shape, dtype)
-    kernel = functools.partial(_dq_kernel, tile=launch.tile, scale=scale, holes=holes, adds=added is not None)
-    inputs = (*ranges, *rows, key, value, *(() if added is None else (added,)))
-    return launch(
-        kernel,
-        name,
+) -> tuple[Float32[Array, "B T K G H"], list[RowValues]]:
+    """dq, summed over the branches, and of each branch `delta = dout . o`, which is its gate's gradient."""
+    batch, length, kv_heads, group, _ = query.shape
+    branches = tuple(branch if branch.key.shape[1] else branch._replace(ranges=()) for branch in branches)
+    inputs: list[Array] = [query, dout]
+    for branch in branches:
+        inputs += [branch.out, branch.gate, branch.lse]
+        if branch.ranges:
+            inputs += [branch.key, branch.value, *(bound for pair in branch.ranges for bound in pair)]
+    num_ranges = tuple(len(branch.ranges) for branch in branches)
+    outs = [jax.ShapeDtypeStruct(query.shape, jnp.float32)]
+    outs += [jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)] * len(branches)
+    dq, *deltas = launch(
+        functools.partial(_dq_kernel, num_ranges=num_ranges, tile=launch.tile, scale=scale, holes=holes),
+        "nsa_range_dq",
         grid=(pl.cdiv(length * group, launch.tile.rows), kv_heads, batch),
         in_specs=flash.specs(inputs),
-        out_specs=flash.specs(dq),
-        out_shape=dq,
-        input_output_aliases={len(inputs) - 1: 0} if added is not None and dtype == added.dtype else {},
+        out_specs=flash.specs(outs),
+        out_shape=outs,
     )(*inputs)
+    return dq, deltas
 
 
-def _dq_kernel(low_ref: Any, high_ref: Any, *refs: Any, tile: Tile, scale: float, holes: bool, adds: bool) -> None:
-    q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref = refs[:7]
-    dq_ref = refs[-1]
+def _dq_kernel(*refs: Any, num_ranges: tuple[int, ...], tile: Tile, scale: float, holes: bool) -> None:
+    num_results = 1 + len(num_ranges)
+    dq_ref, *delta_refs = refs[-num_results:]
+    q_ref, dout_ref, *input_refs = refs[:-num_results]
+    refs_left = iter(input_refs)
     rows = _tile_of_rows(q_ref, tile)
-    bounds = _bounds(low_ref, high_ref, rows, q_ref, tile)
     where = (rows.token, rows.head)
-    q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
+    q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(dout_ref.shape[-1])
     query = flash.load_parts(q_ref, where, q_parts, rows.live)
     dout = flash.load_parts(dout_ref, where, v_parts, rows.live)
-    gate, lse, delta = (flash.load_rows(ref, where, rows.live) for ref in (gate_ref, lse_ref, delta_ref))
-    # Before the rounding of dscores: float16 has little room for gradients that are scaled up.
-    slope = gate * scale
 
-    def step(j: Any, sums: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
+    def step(
+        row: flash.GradientRows,
+        k_ref: Any,
+        v_ref: Any,
+        bounds: _Bounds,
+        j: Any,
+        sums: tuple[Array, ...],
+        masked: bool,
+    ) -> tuple[Array, ...]:
         key_index = bounds.start(j) + lax.iota(jnp.int32, tile.keys)
         visible, readable = bounds.masks(key_index, holes) if masked else (None, None)
         key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
-        weights = flash.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - lse[:, None])
-        if visible is not None:
-            weights = jnp.where(visible, weights, 0.0)
-        dscores = weights * (flash.dot_parts(dout, value) * slope[:, None] - (slope * delta)[:, None])
-        return tuple(total + flash.dot(dscores.astype(part.dtype), part) for total, part in zip(sums, key, strict=True))
+        return flash.dq_step(sums, row, key, value, scale, visible)
 
     sums = tuple(jnp.zeros((tile.rows, part.width), jnp.float32) for part in q_parts)
-    sums = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.num_tiles, step, sums)
-    if adds:
-        sums = tuple(x + y for x, y in zip(sums, flash.load_parts(refs[7], where, q_parts, rows.live), strict=True))
+    for count, delta_ref in zip(num_ranges, delta_refs, strict=True):
+        out_ref, gate_ref, lse_ref = (next(refs_left) for _ in range(3))
+        delta = flash.dot_rows(dout, flash.load_parts(out_ref, where, v_parts, rows.live))
+        flash.store_rows(delta_ref, where, delta, rows.live)
+        if count == 0:
+            continue
+        gate, lse = (flash.load_rows(ref, where, rows.live) for ref in (gate_ref, lse_ref))
+        row = flash.gradient_rows(query, dout, gate, lse, delta, scale)
+        reads = functools.partial(step, row, next(refs_left), next(refs_left))
+        for _ in range(count):
+            bounds = _bounds(next(refs_left), next(refs_left), rows, q_ref, tile)
+            read = functools.partial(reads, bounds)
+            sums = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.num_tiles, read, sums)
     flash.store_parts(dq_ref, where, q_parts, sums, rows.live)
 
 

@@ -34,7 +34,7 @@ class Sum(NamedTuple):
 
 
 class Forced(NamedTuple):
-    """Blocks that every query chooses are read by many queries at once, before the others."""
+    """Blocks that every query chooses are read by many queries at once, apart from the others."""
 
     ranges: tuple[Ranges, Ranges]  # positions.forced_ranges
     launch: Launch
@@ -57,8 +57,13 @@ class Unions(NamedTuple):
     readers: Int32[Array, "B tiles K E"]  # bit r: the tile's query r chose it
 
 
-def unions(blocks: Int32[Array, "B T K A"], queries: int, *, interpret: bool) -> Unions:
-    """Of tiles of that many queries: with 2, `0 3 7` and `0 4 7` give `0 3 4 7 -1 -1`, read by `3 1 2 3`."""
+def unions(
+    blocks: Int32[Array, "B T K A"], queries: int, tokens: Ranges, *, config: Config, apart: bool, interpret: bool
+) -> Unions:
+    """Of tiles of that many queries: with 2, `0 3 7` and `0 4 7` give `0 3 4 7 -1 -1`, read by `3 1 2 3`.
+
+    With `apart`, the blocks that each query is forced to choose are not in it; a tile of one query is its list as it is.
+    """
     batch, length, kv_heads, slots = blocks.shape
     if queries == 1:
         return Unions(blocks, (blocks >= 0).astype(jnp.int32))
@@ -66,26 +71,42 @@ def unions(blocks: Int32[Array, "B T K A"], queries: int, *, interpret: bool) ->
     width = flash.next_power_of_2(queries * slots)
     out = jax.ShapeDtypeStruct((batch, num_tiles, kv_heads, queries * slots), jnp.int32)
     launch = Launch(Tile(queries, 0, max(1, min(8, width**2 // 4096)), 1), interpret)
+    inputs = (blocks, *tokens)
     return Unions(
         *launch(
-            functools.partial(_unions_kernel, queries=queries),
+            functools.partial(_unions_kernel, queries=queries, config=config, apart=apart),
             "nsa_unions",
             grid=(num_tiles, kv_heads, batch),
-            in_specs=[flash.specs(blocks)],
+            in_specs=flash.specs(inputs),
             out_specs=flash.specs((out, out)),
             out_shape=(out, out),
-        )(blocks)
+        )(*inputs)
     )
 
 
-def _unions_kernel(blocks_ref: Any, union_ref: Any, readers_ref: Any, *, queries: int) -> None:
+def _unions_kernel(
+    blocks_ref: Any,
+    low_ref: Any,
+    high_ref: Any,
+    union_ref: Any,
+    readers_ref: Any,
+    *,
+    queries: int,
+    config: Config,
+    apart: bool,
+) -> None:
     """An entry's place is the number of lower blocks; the first of equal entries stands for all."""
     length, slots = blocks_ref.shape
     tile, most = pl.program_id(0), queries * slots
     entry = lax.iota(jnp.int32, flash.next_power_of_2(most))
     reader, slot = flash.divide(entry, slots)
-    exists = (entry < most) & (tile * queries + reader < length)
-    block = pltriton.load(blocks_ref.at[tile * queries + reader, slot], mask=exists, other=flash.NO_BLOCK)
+    token = tile * queries + reader
+    exists = (entry < most) & (token < length)
+    block = pltriton.load(blocks_ref.at[token, slot], mask=exists, other=flash.NO_BLOCK)
+    if apart:
+        low, high = (flash.load_rows(ref, (token,), exists) for ref in (low_ref, high_ref))
+        after_initial, first_local = _free_blocks(low, high, config)
+        block = jnp.where((after_initial <= block) & (block < first_local), block, flash.NO_BLOCK)
     same = block[:, None] == block[None, :]
     earlier = entry[None, :] < entry[:, None]
     first = jnp.max((same & earlier).astype(jnp.int32), axis=1) == 0
@@ -128,35 +149,33 @@ def selected_forward(
     _, length, kv_heads, group, _ = query.shape
     outs = result_shapes(query, value, keep=keep)
     queries = queries_per_tile(launch.tile, group, blocks.shape[-1])
-    inputs: tuple[Any, ...] = (*unions(blocks, queries, interpret=launch.interpret), *tokens, query, key, value)
-    inputs += branches
-    # Adjacent queries may differ in what they are forced to read; their union holds it once, anyway.
-    if forced is not None and queries > 1:
-        forced = None
+    apart = forced is not None
+    read = unions(blocks, queries, tokens, config=config, apart=apart, interpret=launch.interpret)
+    inputs: tuple[Any, ...] = (*read, *tokens, query, key, value, *branches)
     if forced is not None:
         inputs += forced_forward(query, key, value, forced, scale=scale, holes=holes)
     kernel = functools.partial(_forward_kernel, queries=queries, held=held_keys(config, launch.tile))
     out, *kept = launch(
-        functools.partial(kernel, scale=scale, config=config, forced=forced is not None, num_results=len(outs)),
+        functools.partial(kernel, scale=scale, config=config, apart=apart, num_results=len(outs)),
         "nsa_selected_forward",
         grid=(pl.cdiv(length, queries), kv_heads, query.shape[0]),
         in_specs=flash.specs(inputs),
         out_specs=flash.specs(outs),
         out_shape=outs,
         # A program reads its own rows of what was begun, and then writes its results there.
-        input_output_aliases={} if forced is None else {len(inputs) - 2: 0},
+        input_output_aliases={len(inputs) - 2: 0} if apart else {},
     )(*inputs)
     return out, Kept(*kept) if keep else None
 
 
 def _forward_kernel(
-    *refs: Any, queries: int, held: int, scale: float, config: Config, forced: bool, num_results: int
+    *refs: Any, queries: int, held: int, scale: float, config: Config, apart: bool, num_results: int
 ) -> None:
     *read_refs, q_ref, k_ref, v_ref, gates_ref, cmp_ref, win_ref = refs[:10]
     forced_refs, result_refs = refs[10:-num_results], refs[-num_results:]
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     rows = _Rows(q_ref, queries)
-    reads = _Reads(read_refs, rows, config, held)
+    reads = _Reads(read_refs, rows, config, held, apart)
     query = flash.load_parts(q_ref, rows.index, q_parts, rows.live)
 
     def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
@@ -165,9 +184,8 @@ def _forward_kernel(
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
         return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible, chosen)
 
-    if forced_refs:
+    if apart:
         forced_ref, forced_lse_ref = forced_refs
-        reads.leave_out_forced(config)
         outs = flash.load_parts(forced_ref, rows.index, v_parts, rows.live)
         state = flash.softmax_resume(outs, flash.load_rows(forced_lse_ref, rows.index, rows.live), scale)
     else:
@@ -205,15 +223,22 @@ def selected_query_gradient(
     dtype: Any,
     config: Config,
     scale: float,
+    apart: bool,
     launch: Launch,
 ) -> Grouped:
-    """dq of the selected branch plus `added` (float32), in `dtype`."""
+    """dq of the selected branch plus `added` (float32), in `dtype`.
+
+    Args:
+        apart: whether what the blocks that every query is forced to choose give is in `added` already.
+    """
     batch, length, kv_heads, group, _ = rows.query.shape
     dq = jax.ShapeDtypeStruct(rows.query.shape, dtype)
     queries = queries_per_tile(launch.tile, group, blocks.shape[-1])
-    inputs = (*unions(blocks, queries, interpret=launch.interpret), *tokens, *rows, key, value, added)
+    read = unions(blocks, queries, tokens, config=config, apart=apart, interpret=launch.interpret)
+    inputs = (*read, *tokens, *rows, key, value, added)
+    kernel = functools.partial(_dq_kernel, queries=queries, held=held_keys(config, launch.tile), scale=scale)
     return launch(
-        functools.partial(_dq_kernel, queries=queries, held=held_keys(config, launch.tile), scale=scale, config=config),
+        functools.partial(kernel, config=config, apart=apart),
         "nsa_selected_dq",
         grid=(pl.cdiv(length, queries), kv_heads, batch),
         in_specs=flash.specs(inputs),
@@ -222,25 +247,21 @@ def selected_query_gradient(
     )(*inputs)
 
 
-def _dq_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config) -> None:
+def _dq_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config, apart: bool) -> None:
     *read_refs, q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref, added_ref, dq_ref = refs
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     rows = _Rows(q_ref, queries)
-    reads = _Reads(read_refs, rows, config, held)
+    reads = _Reads(read_refs, rows, config, held, apart)
     query = flash.load_parts(q_ref, rows.index, q_parts, rows.live)
     dout = flash.load_parts(dout_ref, rows.index, v_parts, rows.live)
     gate, lse, delta = (flash.load_rows(ref, rows.index, rows.live) for ref in (gate_ref, lse_ref, delta_ref))
-    slope = gate * scale
+    row = flash.gradient_rows(query, dout, gate, lse, delta, scale)
 
     def step(j: Any, sums: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
         key_index, chosen, visible, readable = reads.keys(j, masked)
         key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
-        weights = flash.exp2(flash.dot_parts(query, key) * (scale * flash.LOG2E) - flash.only_if(chosen, lse)[:, None])
-        if visible is not None:
-            weights = jnp.where(visible, weights, 0.0)
-        dscores = weights * (flash.dot_parts(dout, value) * slope[:, None] - (slope * delta)[:, None])
-        return tuple(total + flash.dot(dscores.astype(part.dtype), part) for total, part in zip(sums, key, strict=True))
+        return flash.dq_step(sums, row, key, value, scale, visible, chosen)
 
     sums = reads.over_tiles(step, tuple(jnp.zeros((rows.count, part.width), jnp.float32) for part in q_parts))
     added = flash.load_parts(added_ref, rows.index, q_parts, rows.live)
@@ -306,7 +327,7 @@ class _Rows:
 class _Reads:
     """The keys that a tile of queries reads, in tiles: a block of their union, or a part of a long one."""
 
-    def __init__(self, refs: Any, rows: _Rows, config: Config, held: int):
+    def __init__(self, refs: Any, rows: _Rows, config: Config, held: int, apart: bool):
         union_ref, self.readers_ref, low_ref, high_ref = refs
         self.union_ref, self.rows, self.size = union_ref, rows, config.select_block
         self.tile, self.held = pl.program_id(0), held
@@ -328,14 +349,12 @@ class _Reads:
         # Parts of a block that stick out of it are masked.
         self.inner = inner * self.parts if whole else self.count
         self.outer = outer * self.parts if whole else self.count
-        self.begin, self.union = jnp.int32(0), union
-        self.first_block, self.own_block = begin // self.size, (end - 1) // self.size
-
-    def leave_out_forced(self, config: Config) -> None:
-        """Of one query's list, the first and last blocks."""
-        initial = (self.union >= 0) & (self.union < self.first_block + config.num_initial)
-        others = (self.union >= 0) & (self.union <= self.own_block - config.num_local)
-        self.begin, self.count = _count(initial) * self.parts, jnp.minimum(self.count, _count(others) * self.parts)
+        self.begin = jnp.int32(0)
+        if apart and rows.queries == 1:
+            # Of one query's list, the first and last blocks; a union is formed without them.
+            after_initial, first_local = _free_blocks(begin, end, config)
+            initial, others = (_count((union >= 0) & (union < bound)) for bound in (after_initial, first_local))
+            self.begin, self.count = initial * self.parts, jnp.minimum(self.count, others * self.parts)
 
     def over_tiles(self, step: Any, state: Any) -> Any:
         return flash.over_tiles(self.begin, self.inner, self.outer, self.count, step, state)
@@ -360,6 +379,13 @@ class _Reads:
                 visible &= jnp.broadcast_to(chosen[:, None], shape)
             readable = jnp.max(visible.astype(jnp.int32), axis=0) > 0
         return index, chosen, visible, readable
+
+
+def _free_blocks(low: Array, high: Array, config: Config) -> tuple[Array, Array]:
+    """The blocks `first .. end - 1` that a query, which may read tokens `low .. high - 1`, is not forced to choose."""
+    first, _ = flash.divide(low, config.select_block)
+    own, _ = flash.divide(jnp.maximum(high - 1, 0), config.select_block)
+    return first + config.num_initial, own - config.num_local + 1
 
 
 def _count(true: Array) -> Array:

@@ -28,10 +28,9 @@ class Tiles:
     """A tile for each kernel; where rows or keys are 0, the kernel itself knows how many it holds."""
 
     window_forward: Tile
-    window_dq: Tile
     window_dkv: Tile
     compressed_forward: Tile
-    compressed_dq: Tile
+    range_dq: Tile  # of all that is read in ranges
     compressed_dkv: Tile
     scores: Tile
     choice: Tile
@@ -84,10 +83,9 @@ def rule(dtype: str, size: int, value_size: int, group: int) -> Tiles:
     rows = _power_of_2_below(2**15 // held, 16, 64)
     return Tiles(
         window_forward=Tile(rows, keys, 4, 2),
-        window_dq=Tile(rows, keys, 4, 2),
         window_dkv=Tile(rows, keys, 4, 2),
         compressed_forward=Tile(rows, keys, 4, 2),
-        compressed_dq=Tile(rows, keys, 4, 2),
+        range_dq=Tile(rows, keys, 4, 2),
         compressed_dkv=Tile(rows, keys, 4, 2),
         scores=Tile(rows, min(32, keys), 4, 2),
         choice=Tile(1, 0, 1, 1),

@@ -3,8 +3,6 @@
 A range of keys for each query; the kernels are those of `range_attention.py`.
 """
 
-from typing import Any
-
 from jaxtyping import Array, Float
 
 from pallas_kernels import range_attention
@@ -24,23 +22,6 @@ def window_forward(
     """Output and log-sum-exp (base 2) of the window branch; `ranges` as `positions.window_ranges` gives them."""
     return range_attention.forward(
         query, key, value, ranges, scale=scale, holes=False, launch=launch, name="nsa_window_forward"
-    )
-
-
-def window_query_gradient(
-    rows: QuerySide,
-    key: Float[Array, "B W K H"],
-    value: Float[Array, "B W K V"],
-    ranges: Ranges,
-    added: Grouped | None,
-    *,
-    dtype: Any,
-    scale: float,
-    launch: Launch,
-) -> Grouped:
-    """dq of the window branch plus `added`."""
-    return range_attention.query_gradient(
-        rows, key, value, ranges, added, dtype=dtype, scale=scale, holes=False, launch=launch, name="nsa_window_dq"
     )
 
 

@@ -12,6 +12,7 @@ import pallas_kernels
 from nsa_jax import NativeSparseAttention, NSAConfig, nsa_attention
 from nsa_jax.testing import SMALL, Case, assert_as_accurate, make_inputs
 from pallas_kernels import inverse_lists, selected_by_block, tiles
+from pallas_kernels.flash import Ranges
 from pallas_kernels.selected_attention import queries_per_tile, unions
 from tests.programs import QUICK
 from tests.test_lowering import for_cuda, verified_kernels
@@ -117,10 +118,18 @@ def test_heads_in_turns(monkeypatch):
 
 def test_unions():
     blocks = jnp.asarray([[0, 3, 7], [0, 4, 7], [2, -1, -1], [0, 2, 5], [1, 2, 3]], jnp.int32)[None, :, None]
-    found = unions(blocks, 2, interpret=True)
+    # Of one token a block: query r may read all up to 7.
+    tokens = Ranges(jnp.zeros((1, 5), jnp.int32), jnp.full((1, 5), 8, jnp.int32))
+    config = NSAConfig(1, 1, 1, 3, 1, 1)
+    found = unions(blocks, 2, tokens, config=config, apart=False, interpret=True)
     want = [[0, 3, 4, 7, -1, -1], [0, 2, 5, -1, -1, -1], [1, 2, 3, -1, -1, -1]]
     assert found.blocks[0, :, 0].tolist() == want
     assert found.readers[0, :, 0].tolist() == [[3, 1, 2, 3, 0, 0], [2, 3, 2, 0, 0, 0], [1, 1, 1, 0, 0, 0]]
+    # The first and the last are forced.
+    found = unions(blocks, 2, tokens, config=config, apart=True, interpret=True)
+    want = [[3, 4, -1, -1, -1, -1], [2, 5, -1, -1, -1, -1], [1, 2, 3, -1, -1, -1]]
+    assert found.blocks[0, :, 0].tolist() == want
+    assert found.readers[0, :, 0].tolist() == [[1, 2, 0, 0, 0, 0], [3, 2, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("slots", [1, 16, 64, 600, 1024])

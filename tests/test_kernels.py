@@ -46,10 +46,9 @@ attention = importlib.import_module("pallas_kernels.attention")
 # No two alike where kernels could mistake one for another.
 SIZES = dict(
     window_forward=(32, 16),
-    window_dq=(16, 32),
     window_dkv=(32, 16),
     compressed_forward=(32, 16),
-    compressed_dq=(16, 16),
+    range_dq=(16, 32),
     compressed_dkv=(16, 16),
     selected_forced=(32, 16),
     scores=(32, 16),
@@ -170,15 +169,18 @@ FORCED = (
     *("plain", "more_slots_than_blocks", "group_5", "long_block", "nothing_forced", "many_forced", "segments_aligned"),
     *("segments_unaligned", "segments_and_start", "query_start_per_sequence", "one_query_late"),
 )
+FORCED_FOR_SEVERAL = ("segments_unaligned", "many_forced", "query_start_per_sequence")
+FORCED_WITH_GRADIENTS = ("plain", "segments_unaligned")
 
 
 @pytest.mark.parametrize("name", FORCED)
 def test_forced_blocks_are_read_apart(name, cut_small):
-    """Where a program reads for one query, and the kernels chose the blocks."""
+    """Where the kernels chose the blocks; a program reads the others for one query, or for a few at once."""
     cut_small(CASES[name].config)
     problem = pose(CASES[name])
     inputs, _, cotangent = problem.arguments
-    run = program(problem.case, ONE_QUERY, gradients=name == "plain")
+    several, gradients = name in FORCED_FOR_SEVERAL, name in FORCED_WITH_GRADIENTS
+    run = program(problem.case, BY_QUERY if several else ONE_QUERY, gradients=gradients)
     assert ("nsa_selected_forced" in str(run.trace(inputs, None, cotangent).jaxpr)) == (name != "nothing_forced")
     assert_solves(run(inputs, None, cotangent), problem)
     unread = [~mask for mask in read_keys(problem)]

@@ -77,9 +77,9 @@ def verified_kernels(program: jax.stages.Lowered) -> int:
 
 
 def assert_is_in_kernels(program: str, case: Case) -> None:
-    kernels = {"window_forward", "window_dq", "window_dkv", "selected"}
+    kernels = {"window_forward", "range_dq", "window_dkv", "selected"}
     if case.config.num_compressed(case.keys):
-        kernels |= {"compressed_forward", "compressed_dq", "compressed_dkv", "scores"}
+        kernels |= {"compressed_forward", "compressed_dkv", "scores"}
     for kernel in kernels | {"choice"}:
         assert f"nsa_{kernel}" in program, kernel
     assert program.count(TARGET) >= len(kernels)
