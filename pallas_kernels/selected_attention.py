@@ -205,8 +205,11 @@ def forced_forward(
     holes: bool,
 ) -> tuple[Float[Array, "B T K G V"], RowValues]:
     """Attention to the forced blocks alone, and its log-sum-exp."""
-    more: dict[str, Any] = dict(scale=scale, holes=holes, launch=forced.launch, name="nsa_selected_forced")
-    return range_attention.forward(query, key, value, *forced.ranges, **more)
+    reads = range_attention.Reads(key, value, forced.ranges)
+    [found] = range_attention.forward(
+        query, (reads,), scale=scale, holes=holes, launch=forced.launch, name="nsa_selected_forced"
+    )
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- backward
