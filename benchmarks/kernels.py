@@ -42,6 +42,7 @@ class Prepared(NamedTuple):
     candidates: BlockRanges
     forced: tuple[Ranges, Ranges] | None  # where forced blocks are read apart
     blocks: Array
+    outs: tuple[Array, Array, Array]  # of compressed, selected, window
     lse_cmp: Array
     dout: Array
     rows_cmp: QuerySide
@@ -108,15 +109,15 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
         )
     assert kept is not None
     gates_of = [gates[..., i].astype(jnp.float32) for i in range(3)]
+    outs = (out_cmp, kept.out, out_win)
+    deltas = range_attention.deltas(dout, outs)
     branches = (
-        Branch(*operands.compressed, (visible_cmp,), out_cmp, gates_of[0], lse_cmp),
-        Branch(*operands.selected, forced or (), kept.out, gates_of[1], kept.lse),
-        Branch(*operands.window, (visible_win,), out_win, gates_of[2], lse_win),
+        Branch(*operands.compressed, (visible_cmp,), gates_of[0], lse_cmp, deltas[0]),
+        Branch(*operands.selected, forced or (), gates_of[1], kept.lse, deltas[1]),
+        Branch(*operands.window, (visible_win,), gates_of[2], lse_win, deltas[2]),
     )
-    dq, deltas = range_attention.query_gradient(
-        query, dout, branches, scale=scale, holes=False, launch=launch("range_dq")
-    )
-    rows = [QuerySide(query, dout, x.gate, x.lse, delta) for x, delta in zip(branches, deltas, strict=True)]
+    dq = range_attention.query_gradient(query, dout, branches, scale=scale, holes=False, launch=launch("range_dq"))
+    rows = [QuerySide(query, dout, x.gate, x.lse, x.delta) for x in branches]
     return Prepared(
         query,
         operands.compressed,
@@ -129,6 +130,7 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
         candidates,
         forced,
         blocks,
+        outs,
         lse_cmp,
         dout,
         rows_cmp=rows[0],
@@ -266,6 +268,7 @@ def parts(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Kernel]
     made["invert"] = lambda x: inverse_lists.cut(
         inverse_lists.invert(x.blocks, num_blocks=config.num_blocks(x.keys_slc.key.shape[1]))
     )
+    made["deltas"] = lambda x: range_attention.deltas(x.dout, x.outs)
     return made
 
 
@@ -274,7 +277,7 @@ def _forced(ranges: tuple[Ranges, Ranges] | None, launch: Launch) -> selected_at
 
 
 def _selected_reads(x: Prepared) -> tuple[Any, ...]:
-    branches = selected_attention.Sum(x.gates, x.branches[0].out, x.branches[2].out)
+    branches = selected_attention.Sum(x.gates, x.outs[0], x.outs[2])
     return x.query, *x.keys_slc, x.blocks, x.visible_slc, branches
 
 

@@ -4,9 +4,9 @@ Forward: window; compressed; the choice of blocks, from the compressed branch's 
 forms the gated sum. Kept for the backward pass: the branches' outputs (rounded to the values' dtype) and log-sum-exps, and
 the blocks.
 
-Backward: one kernel forms `delta = dout . o` of each branch, which is its gate's gradient, and dq of all that is read in
-ranges: the window, the compressed tokens, and the selected blocks that every query is forced to choose. A second adds dq of
-the other selected blocks. Then dk and dv of each branch.
+Backward: `delta = dout . o` of each branch, which is its gate's gradient, and after which the outputs are no longer wanted.
+One kernel forms dq of all that is read in ranges: the window, the compressed tokens, and the selected blocks that every
+query is forced to choose. A second adds dq of the other selected blocks. Then dk and dv of each branch.
 """
 
 import functools
@@ -232,19 +232,19 @@ def _select(
 def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, None, None]:
     operands, places, saved = residuals
     scale, config = static.scale, static.config
+    deltas = range_attention.deltas(dout, (saved.out_cmp, saved.out_slc, saved.out_win))
     gates = operands.gates.astype(jnp.float32)
     key_cmp, value_cmp, key_slc, value_slc, key_win, value_win = operands[1:7]
     branches = (
-        Branch(key_cmp, value_cmp, (places.compressed,), saved.out_cmp, gates[..., 0], saved.lse_cmp),
-        Branch(key_slc, value_slc, places.forced or (), saved.out_slc, gates[..., 1], saved.lse_slc),
-        Branch(key_win, value_win, (places.window,), saved.out_win, gates[..., 2], saved.lse_win),
+        Branch(key_cmp, value_cmp, (places.compressed,), gates[..., 0], saved.lse_cmp, deltas[0]),
+        Branch(key_slc, value_slc, places.forced or (), gates[..., 1], saved.lse_slc, deltas[1]),
+        Branch(key_win, value_win, (places.window,), gates[..., 2], saved.lse_win, deltas[2]),
     )
-    dq, deltas = range_attention.query_gradient(
+    dq = range_attention.query_gradient(
         operands.query, dout, branches, scale=scale, holes=static.holes, launch=static.launch("range_dq")
     )
     compressed, selected, window = (
-        QuerySide(operands.query, dout, branch.gate, branch.lse, delta)
-        for branch, delta in zip(branches, deltas, strict=True)
+        QuerySide(operands.query, dout, branch.gate, branch.lse, branch.delta) for branch in branches
     )
     dkv_cmp = compressed_attention.compressed_key_value_gradients(
         compressed,

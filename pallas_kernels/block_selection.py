@@ -9,15 +9,16 @@ give the next; no array of compressed tokens for each query exists.
 Scores: grid (tile of queries, key/value head, sequence). The compressed keys lie by their place r in the block, so that the
 weight is the same for a whole tile of products `[rows, blocks]`, and a block's tokens add up in registers.
 
-Choice: a program holds whole rows of scores, grid (tile of queries, key/value head, sequence). The bits of a number >= 0
-order like the number; at most 31 counts find the n-th highest key of the row bit by bit, whatever n is. What lies above it
-is chosen, then, from the left, as many that equal it as n has room for; a running count puts them in ascending order.
+Choice: a program holds whole rows of scores, as long as its queries have candidates, grid (tile of queries, key/value head,
+sequence). The bits of a number >= 0 order like the number; at most 31 counts find the n-th highest key of the row bit by
+bit, whatever n is. What lies above it is chosen, then, from the left, as many that equal it as n has room for; a running
+count puts them in ascending order.
 
 Both run on chunks of queries, so that the scores stay under `MAX_SCRATCH` bytes.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ MAX_SELECTED = 1024
 FORCED = 0x7F800000  # the bits of infinity
 PACKED = 4
 UNROLLED = 8
+MOST_WIDTHS = 3
+NARROWEST = 128  # blocks; a row of fewer takes no less time
 
 
 def select(
@@ -202,14 +205,40 @@ def _over_places(p: Array, packed: int) -> Array:
 def _choice_kernel(start_ref: Any, first_ref: Any, own_ref: Any, *refs: Any, rows: int, config: Config) -> None:
     own_sums_ref, *after_ref, blocks_ref = refs
     num_tokens, (chunk, num_blocks) = own_ref.shape[0], own_sums_ref.shape
-    slots, width = config.num_selected, flash.next_power_of_2(num_blocks)
     query = pl.program_id(0) * rows + lax.iota(jnp.int32, rows)
     live = (query < chunk) & (start_ref[0] + query < num_tokens)
     first = flash.load_rows(first_ref, (start_ref[0] + query,), live)[:, None]
     own = flash.load_rows(own_ref, (start_ref[0] + query,), live)[:, None]
+    # The candidates of these queries; the rows are as long as they need, of a few lengths.
+    begin, end = (jnp.minimum(start_ref[0] + pl.program_id(0) * rows + i, num_tokens - 1) for i in (0, rows - 1))
+    base, needed = first_ref[begin], own_ref[end] - first_ref[begin] + 1
+    choose = functools.partial(
+        _choose, own_sums_ref, after_ref, blocks_ref, Rows(query, live, first, own, base), config=config
+    )
+    widths = [flash.next_power_of_2(num_blocks)]
+    while len(widths) < MOST_WIDTHS and widths[-1] > NARROWEST:
+        widths.append(widths[-1] // 2)
+    for narrower, width in zip([*widths[1:], 0], widths):
+        pl.when((narrower < needed) & (needed <= width))(functools.partial(choose, width))
 
+
+class Rows(NamedTuple):
+    """Queries that choose."""
+
+    query: Array  # [rows], in the chunk
+    live: Array  # [rows]
+    first: Array  # [rows, 1]: first candidate
+    own: Array  # [rows, 1]: last candidate
+    base: Array  # first block of the rows of scores
+
+
+def _choose(
+    own_sums_ref: Any, after_ref: list[Any], blocks_ref: Any, these: Rows, width: int, *, config: Config
+) -> None:
+    query, live, first, own, base = these
+    rows, slots = query.shape[0], config.num_selected
     shape = (rows, width)
-    block = jnp.broadcast_to(lax.iota(jnp.int32, width)[None, :], shape)
+    block = base + jnp.broadcast_to(lax.iota(jnp.int32, width)[None, :], shape)
     index = jnp.broadcast_to(query[:, None], shape)
     candidate = (first <= block) & (block <= own) & live[:, None]
     score = pltriton.load(own_sums_ref.at[index, block], mask=candidate, other=0.0)

@@ -184,12 +184,6 @@ def dot_parts(a: tuple[Array, ...], b: tuple[Array, ...]) -> Array:
     return functools.reduce(jnp.add, [dot(x, y.T) for x, y in zip(a, b, strict=True)])
 
 
-def dot_rows(a: tuple[Array, ...], b: tuple[Array, ...]) -> Array:
-    """Of each row of `a` with the same row of `b`, `[rows]`, summed over the parts of a head."""
-    products = [jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=1) for x, y in zip(a, b, strict=True)]
-    return functools.reduce(jnp.add, products)
-
-
 class Softmax(NamedTuple):
     """A softmax-weighted sum of values, as far as its keys have been read."""
 

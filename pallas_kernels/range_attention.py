@@ -38,6 +38,12 @@ class QuerySide(NamedTuple):
     delta: RowValues  # dout . o, which is the gate's gradient
 
 
+def deltas(dout: Float[Array, "B T K G V"], outs: tuple[Float[Array, "B T K G V"], ...]) -> list[RowValues]:
+    """`dout . o` of each branch, which is its gate's gradient."""
+    wide = dout.astype(jnp.float32)
+    return [jnp.sum(wide * out.astype(jnp.float32), axis=-1) for out in outs]
+
+
 # --------------------------------------------------------------------------------------------------------------- forward
 
 
@@ -124,10 +130,10 @@ class Branch(NamedTuple):
 
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K V"]
-    ranges: tuple[Ranges, ...]  # of which no two share a key; with none of them, the branch gives its delta alone
-    out: Float[Array, "B T K G V"]
+    ranges: tuple[Ranges, ...]  # of which no two share a key
     gate: RowValues
     lse: RowValues
+    delta: RowValues  # dout . o, which is the gate's gradient
 
 
 def query_gradient(
@@ -138,33 +144,27 @@ def query_gradient(
     scale: float,
     holes: bool,
     launch: Launch,
-) -> tuple[Float32[Array, "B T K G H"], list[RowValues]]:
-    """dq, summed over the branches, and of each branch `delta = dout . o`, which is its gate's gradient."""
+) -> Float32[Array, "B T K G H"]:
+    """dq, summed over the branches; `holes` as in `forward`."""
     batch, length, kv_heads, group, _ = query.shape
-    branches = tuple(branch if branch.key.shape[1] else branch._replace(ranges=()) for branch in branches)
+    branches = tuple(branch for branch in branches if branch.key.shape[1])
     inputs: list[Array] = [query, dout]
     for branch in branches:
-        inputs += [branch.out, branch.gate, branch.lse]
-        if branch.ranges:
-            inputs += [branch.key, branch.value, *(bound for pair in branch.ranges for bound in pair)]
+        inputs += [*branch[3:], branch.key, branch.value, *(bound for pair in branch.ranges for bound in pair)]
+    dq = jax.ShapeDtypeStruct(query.shape, jnp.float32)
     num_ranges = tuple(len(branch.ranges) for branch in branches)
-    outs = [jax.ShapeDtypeStruct(query.shape, jnp.float32)]
-    outs += [jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)] * len(branches)
-    dq, *deltas = launch(
+    return launch(
         functools.partial(_dq_kernel, num_ranges=num_ranges, tile=launch.tile, scale=scale, holes=holes),
         "nsa_range_dq",
         grid=(pl.cdiv(length * group, launch.tile.rows), kv_heads, batch),
         in_specs=flash.specs(inputs),
-        out_specs=flash.specs(outs),
-        out_shape=outs,
+        out_specs=flash.specs(dq),
+        out_shape=dq,
     )(*inputs)
-    return dq, deltas
 
 
 def _dq_kernel(*refs: Any, num_ranges: tuple[int, ...], tile: Tile, scale: float, holes: bool) -> None:
-    num_results = 1 + len(num_ranges)
-    dq_ref, *delta_refs = refs[-num_results:]
-    q_ref, dout_ref, *input_refs = refs[:-num_results]
+    q_ref, dout_ref, *input_refs, dq_ref = refs
     refs_left = iter(input_refs)
     rows = _tile_of_rows(q_ref, tile)
     where = (rows.token, rows.head)
@@ -188,13 +188,8 @@ def _dq_kernel(*refs: Any, num_ranges: tuple[int, ...], tile: Tile, scale: float
         return flash.dq_step(sums, row, key, value, scale, visible)
 
     sums = tuple(jnp.zeros((tile.rows, part.width), jnp.float32) for part in q_parts)
-    for count, delta_ref in zip(num_ranges, delta_refs, strict=True):
-        out_ref, gate_ref, lse_ref = (next(refs_left) for _ in range(3))
-        delta = flash.dot_rows(dout, flash.load_parts(out_ref, where, v_parts, rows.live))
-        flash.store_rows(delta_ref, where, delta, rows.live)
-        if count == 0:
-            continue
-        gate, lse = (flash.load_rows(ref, where, rows.live) for ref in (gate_ref, lse_ref))
+    for count in num_ranges:
+        gate, lse, delta = (flash.load_rows(next(refs_left), where, rows.live) for _ in range(3))
         row = flash.gradient_rows(query, dout, gate, lse, delta, scale)
         reads = functools.partial(step, row, next(refs_left), next(refs_left))
         for _ in range(count):

@@ -286,6 +286,16 @@ def test_choice_with_blocks_of_3_16_and_10_units(config, cut_small):
     np.testing.assert_array_equal(choose(case, inputs), wanted)
 
 
+@pytest.mark.parametrize("name", ["odd_length", "segments_unaligned"])
+def test_choice_in_rows_as_long_as_they_need(name, cut_small, monkeypatch):
+    cut_small(SMALL)
+    monkeypatch.setattr(block_selection, "NARROWEST", 2)
+    case, inputs = CASES[name], make_inputs(CASES[name])
+    where = dict(config=case.config, num_keys=case.keys, segment_ids=inputs.segment_ids)
+    wanted = oracle.select_blocks(inputs.query, inputs.compressed.key, **where)
+    np.testing.assert_array_equal(choose(case, inputs), wanted)
+
+
 def test_wrong_weights_are_found(monkeypatch):
     """Each compressed token counted for one block alone, once."""
     case = Case(queries=20, keys=200, query_start=180)
