@@ -40,8 +40,9 @@ class Prepared(NamedTuple):
     visible_slc: Ranges
     visible_win: Ranges
     candidates: BlockRanges
-    forced: tuple[Ranges, Ranges] | None  # where forced blocks are read apart
+    forced: tuple[Ranges, Ranges]
     blocks: Array
+    free_blocks: Array  # beside the forced
     outs: tuple[Array, Array, Array]  # of compressed, selected, window
     lse_cmp: Array
     dout: Array
@@ -66,7 +67,7 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
     visible_slc = positions.token_ranges(where)
     visible_win = positions.window_ranges(where, 0, length=num_keys, config=config)
     candidates = positions.candidate_blocks(where, config=config)
-    forced = None if tiles.by_block else positions.forced_ranges(where, config=config)
+    forced = positions.forced_ranges(where, config=config)
     launch, scale = _launches(tiles), size**-0.5
     out_win, lse_win = window_attention.window_forward(
         query, *operands.window, visible_win, scale=scale, launch=launch("window_forward")
@@ -86,7 +87,9 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
         scores_launch=launch("scores"),
         choice_launch=launch("choice"),
     )
-    reads = (query, *operands.selected, blocks, visible_slc, selected_attention.Sum(gates, out_cmp, out_win))
+    free = selected_attention.free_blocks(blocks, candidates, config=config)
+    more: dict[str, Any] = dict(forced=selected_attention.Forced(forced, launch("selected_forced")), keep=True)
+    reads = (query, *operands.selected, free, visible_slc, selected_attention.Sum(gates, out_cmp, out_win))
     if tiles.by_block:
         _, kept = selected_by_block.selected_forward_by_block(
             *reads,
@@ -95,7 +98,7 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
             holes=False,
             launch=launch("selected_by_block"),
             sum_launch=launch("selected_add"),
-            keep=True,
+            **more,
         )
     else:
         _, kept = selected_attention.selected_forward(
@@ -103,9 +106,8 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
             config=config,
             scale=scale,
             holes=False,
-            forced=_forced(forced, launch("selected_forced")),
             launch=launch("selected_forward"),
-            keep=True,
+            **more,
         )
     assert kept is not None
     gates_of = [gates[..., i].astype(jnp.float32) for i in range(3)]
@@ -113,7 +115,7 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
     deltas = range_attention.deltas(dout, outs)
     branches = (
         Branch(*operands.compressed, (visible_cmp,), gates_of[0], lse_cmp, deltas[0]),
-        Branch(*operands.selected, forced or (), gates_of[1], kept.lse, deltas[1]),
+        Branch(*operands.selected, () if tiles.by_block else forced, gates_of[1], kept.lse, deltas[1]),
         Branch(*operands.window, (visible_win,), gates_of[2], lse_win, deltas[2]),
     )
     dq = range_attention.query_gradient(query, dout, branches, scale=scale, holes=False, launch=launch("range_dq"))
@@ -130,6 +132,7 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
         candidates,
         forced,
         blocks,
+        free,
         outs,
         lse_cmp,
         dout,
@@ -191,12 +194,11 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
     def selected_forward(launch: Launch, forced_launch: Launch) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, holes=False, launch=launch, keep=True)
         return lambda x: selected_attention.selected_forward(
-            *_selected_reads(x), forced=_forced(x.forced, forced_launch), **more
+            *_selected_reads(x), forced=selected_attention.Forced(x.forced, forced_launch), **more
         )
 
     def selected_forced(tile: Tile) -> Kernel:
         def run(x: Prepared) -> tuple[Array, Array]:
-            assert x.forced is not None
             forced = selected_attention.Forced(x.forced, _launch(tile))
             return selected_attention.forced_forward(x.query, *x.keys_slc, forced, scale=scale, holes=False)
 
@@ -205,15 +207,15 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
     def selected_dq(tile: Tile) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, launch=_launch(tile))
         return lambda x: selected_attention.selected_query_gradient(
-            *(x.rows_slc, *x.keys_slc, x.blocks, x.visible_slc, x.dq),
-            dtype=x.query.dtype,
-            apart=x.forced is not None,
-            **more,
+            x.rows_slc, *x.keys_slc, x.free_blocks, x.visible_slc, x.dq, dtype=x.query.dtype, **more
         )
 
     def forward_by_block(launch: Launch, sum_launch: Launch) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, holes=False, launch=launch, sum_launch=sum_launch)
-        return lambda x: selected_by_block.selected_forward_by_block(*_selected_reads(x), **more, keep=True)
+        forced_launch = fixed("selected_forced")
+        return lambda x: selected_by_block.selected_forward_by_block(
+            *_selected_reads(x), forced=selected_attention.Forced(x.forced, forced_launch), keep=True, **more
+        )
 
     def gradients_by_block(launch: Launch, sum_launch: Launch) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, holes=False, launch=launch, sum_launch=sum_launch)
@@ -252,7 +254,7 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
 
 def names_in_use(tiles: Tiles) -> tuple[str, ...]:
     """The kernels that run with these tiles: the selected branch goes by query or by block."""
-    unused = ("selected_forced", "selected_forward", "selected_dq") if tiles.by_block else ("selected_by_block",)
+    unused = ("selected_forward", "selected_dq") if tiles.by_block else ("selected_by_block",)
     return tuple(name for name in kernels(config=NSAConfig(), scale=1.0, tiles=tiles) if name not in unused)
 
 
@@ -272,13 +274,9 @@ def parts(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Kernel]
     return made
 
 
-def _forced(ranges: tuple[Ranges, Ranges] | None, launch: Launch) -> selected_attention.Forced | None:
-    return None if ranges is None else selected_attention.Forced(ranges, launch)
-
-
 def _selected_reads(x: Prepared) -> tuple[Any, ...]:
     branches = selected_attention.Sum(x.gates, x.outs[0], x.outs[2])
-    return x.query, *x.keys_slc, x.blocks, x.visible_slc, branches
+    return x.query, *x.keys_slc, x.free_blocks, x.visible_slc, branches
 
 
 def _launches(tiles: Tiles) -> Callable[[str], Launch]:

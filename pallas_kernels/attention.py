@@ -122,8 +122,8 @@ def attend(
     if blocks is not None and blocks.shape[-1] == 0:
         # Arrays have no axis of length 0 for a kernel to read.
         blocks = jnp.full((*blocks.shape[:-1], 1), flash.NO_BLOCK, jnp.int32)
-    # The caller's blocks need not hold them, and a program of one block reads for all who chose it anyway.
-    apart = blocks is None and not static.by_block and config.num_initial + config.num_local > 0
+    # The caller's blocks need not hold them.
+    apart = blocks is None and config.num_initial + config.num_local > 0
     places = Places(
         compressed_ranges(where, config=config),
         token_ranges(where),
@@ -176,21 +176,22 @@ def _branches(
             num_keys=operands.key_slc.shape[1],
         )
     branches = selected_attention.Sum(operands.gates, out_cmp, out_win)
-    reads = (query, operands.key_slc, operands.value_slc, blocks, places.tokens, branches)
+    forced = None
+    if places.forced is not None:
+        forced = selected_attention.Forced(places.forced, static.launch("selected_forced"))
+    reads = (query, operands.key_slc, operands.value_slc, _apart(blocks, places, config), places.tokens, branches)
     if static.by_block:
         out, kept = selected_by_block.selected_forward_by_block(
             *reads,
             config=config,
             scale=scale,
             holes=static.holes,
+            forced=forced,
             launch=static.launch("selected_by_block"),
             sum_launch=static.launch("selected_add"),
             keep=keep,
         )
     else:
-        forced = None
-        if places.forced is not None:
-            forced = selected_attention.Forced(places.forced, static.launch("selected_forced"))
         out, kept = selected_attention.selected_forward(
             *reads,
             config=config,
@@ -203,6 +204,13 @@ def _branches(
     if kept is None:
         return out, None
     return out, Saved(blocks, out_cmp, kept.out, out_win, lse_cmp, kept.lse, lse_win)
+
+
+def _apart(blocks: Array, places: Places, config: Config) -> Array:
+    """The blocks that are read one by one: all, or those beside the forced."""
+    if places.forced is None:
+        return blocks
+    return selected_attention.free_blocks(blocks, places.candidates, config=config)
 
 
 def _select(
@@ -237,7 +245,9 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
     key_cmp, value_cmp, key_slc, value_slc, key_win, value_win = operands[1:7]
     branches = (
         Branch(key_cmp, value_cmp, (places.compressed,), gates[..., 0], saved.lse_cmp, deltas[0]),
-        Branch(key_slc, value_slc, places.forced or (), gates[..., 1], saved.lse_slc, deltas[1]),
+        Branch(
+            key_slc, value_slc, () if static.by_block else places.forced or (), gates[..., 1], saved.lse_slc, deltas[1]
+        ),
         Branch(key_win, value_win, (places.window,), gates[..., 2], saved.lse_win, deltas[2]),
     )
     dq = range_attention.query_gradient(
@@ -259,13 +269,12 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
             selected,
             key_slc,
             value_slc,
-            saved.blocks,
+            _apart(saved.blocks, places, config),
             places.tokens,
             dq,
             dtype=operands.query.dtype,
             config=config,
             scale=scale,
-            apart=places.forced is not None,
             launch=static.launch("selected_dq"),
         )
     found = selected_by_block.selected_gradients_by_block(

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import flash, range_attention
 from pallas_kernels.flash import Config, Launch, Ranges, Tile
+from pallas_kernels.positions import BlockRanges
 from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
 
 MAX_UNION = 256  # entries of a union, before it is formed; a query has a bit of 32
@@ -40,6 +41,17 @@ class Forced(NamedTuple):
     launch: Launch
 
 
+def free_blocks(blocks: Int32[Array, "B T K A"], candidates: BlockRanges, *, config: Config) -> Int32[Array, "B T K F"]:
+    """Of the kernels' own choice, what was not forced: of 5 with 1 first and 2 last, `0 3 6 8 9` leaves `3 6`."""
+    # Blocks ascend: the first come first, and where n are chosen the last come last.
+    free = blocks[..., config.num_initial : blocks.shape[-1] - config.num_local]
+    if free.shape[-1] == 0:
+        # Arrays have no axis of length 0 for a kernel to read.
+        return jnp.full((*blocks.shape[:-1], 1), flash.NO_BLOCK, jnp.int32)
+    first_local = candidates.own - config.num_local + 1
+    return jnp.where(free < first_local[:, :, None, None], free, flash.NO_BLOCK)
+
+
 class Kept(NamedTuple):
     """What the forward pass of the selected branch keeps for its backward pass."""
 
@@ -57,13 +69,8 @@ class Unions(NamedTuple):
     readers: Int32[Array, "B tiles K E"]  # bit r: the tile's query r chose it
 
 
-def unions(
-    blocks: Int32[Array, "B T K A"], queries: int, tokens: Ranges, *, config: Config, apart: bool, interpret: bool
-) -> Unions:
-    """Of tiles of that many queries: with 2, `0 3 7` and `0 4 7` give `0 3 4 7 -1 -1`, read by `3 1 2 3`.
-
-    With `apart`, the blocks that each query is forced to choose are not in it; a tile of one query is its list as it is.
-    """
+def unions(blocks: Int32[Array, "B T K A"], queries: int, *, interpret: bool) -> Unions:
+    """Of tiles of that many queries: with 2, `0 3 7` and `0 4 7` give `0 3 4 7 -1 -1`, read by `3 1 2 3`."""
     batch, length, kv_heads, slots = blocks.shape
     if queries == 1:
         return Unions(blocks, (blocks >= 0).astype(jnp.int32))
@@ -71,42 +78,26 @@ def unions(
     width = flash.next_power_of_2(queries * slots)
     out = jax.ShapeDtypeStruct((batch, num_tiles, kv_heads, queries * slots), jnp.int32)
     launch = Launch(Tile(queries, 0, max(1, min(8, width**2 // 4096)), 1), interpret)
-    inputs = (blocks, *tokens)
     return Unions(
         *launch(
-            functools.partial(_unions_kernel, queries=queries, config=config, apart=apart),
+            functools.partial(_unions_kernel, queries=queries),
             "nsa_unions",
             grid=(num_tiles, kv_heads, batch),
-            in_specs=flash.specs(inputs),
+            in_specs=[flash.specs(blocks)],
             out_specs=flash.specs((out, out)),
             out_shape=(out, out),
-        )(*inputs)
+        )(blocks)
     )
 
 
-def _unions_kernel(
-    blocks_ref: Any,
-    low_ref: Any,
-    high_ref: Any,
-    union_ref: Any,
-    readers_ref: Any,
-    *,
-    queries: int,
-    config: Config,
-    apart: bool,
-) -> None:
+def _unions_kernel(blocks_ref: Any, union_ref: Any, readers_ref: Any, *, queries: int) -> None:
     """An entry's place is the number of lower blocks; the first of equal entries stands for all."""
     length, slots = blocks_ref.shape
     tile, most = pl.program_id(0), queries * slots
     entry = lax.iota(jnp.int32, flash.next_power_of_2(most))
     reader, slot = flash.divide(entry, slots)
-    token = tile * queries + reader
-    exists = (entry < most) & (token < length)
-    block = pltriton.load(blocks_ref.at[token, slot], mask=exists, other=flash.NO_BLOCK)
-    if apart:
-        low, high = (flash.load_rows(ref, (token,), exists) for ref in (low_ref, high_ref))
-        after_initial, first_local = _free_blocks(low, high, config)
-        block = jnp.where((after_initial <= block) & (block < first_local), block, flash.NO_BLOCK)
+    exists = (entry < most) & (tile * queries + reader < length)
+    block = pltriton.load(blocks_ref.at[tile * queries + reader, slot], mask=exists, other=flash.NO_BLOCK)
     same = block[:, None] == block[None, :]
     earlier = entry[None, :] < entry[:, None]
     first = jnp.max((same & earlier).astype(jnp.int32), axis=1) == 0
@@ -141,41 +132,38 @@ def selected_forward(
     """The gated sum of the three branches, and what the backward pass wants if it is to be kept.
 
     Args:
+        blocks: ascending, unused slots (-1) last; with `forced`, `free_blocks` of the choice.
         holes: as in `range_attention.forward`.
-        forced: None if there are no forced blocks, or may be a query that did not choose its own.
-        blocks: ascending, unused slots (-1) last.
+        forced: to read beside `blocks`.
         tokens: what a query may read of the tokens, `positions.token_ranges`.
     """
     _, length, kv_heads, group, _ = query.shape
     outs = result_shapes(query, value, keep=keep)
     queries = queries_per_tile(launch.tile, group, blocks.shape[-1])
-    apart = forced is not None
-    read = unions(blocks, queries, tokens, config=config, apart=apart, interpret=launch.interpret)
+    read = unions(blocks, queries, interpret=launch.interpret)
     inputs: tuple[Any, ...] = (*read, *tokens, query, key, value, *branches)
     if forced is not None:
         inputs += forced_forward(query, key, value, forced, scale=scale, holes=holes)
     kernel = functools.partial(_forward_kernel, queries=queries, held=held_keys(config, launch.tile))
     out, *kept = launch(
-        functools.partial(kernel, scale=scale, config=config, apart=apart, num_results=len(outs)),
+        functools.partial(kernel, scale=scale, config=config, num_results=len(outs)),
         "nsa_selected_forward",
         grid=(pl.cdiv(length, queries), kv_heads, query.shape[0]),
         in_specs=flash.specs(inputs),
         out_specs=flash.specs(outs),
         out_shape=outs,
         # A program reads its own rows of what was begun, and then writes its results there.
-        input_output_aliases={len(inputs) - 2: 0} if apart else {},
+        input_output_aliases={} if forced is None else {len(inputs) - 2: 0},
     )(*inputs)
     return out, Kept(*kept) if keep else None
 
 
-def _forward_kernel(
-    *refs: Any, queries: int, held: int, scale: float, config: Config, apart: bool, num_results: int
-) -> None:
+def _forward_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config, num_results: int) -> None:
     *read_refs, q_ref, k_ref, v_ref, gates_ref, cmp_ref, win_ref = refs[:10]
     forced_refs, result_refs = refs[10:-num_results], refs[-num_results:]
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     rows = _Rows(q_ref, queries)
-    reads = _Reads(read_refs, rows, config, held, apart)
+    reads = _Reads(read_refs, rows, config, held)
     query = flash.load_parts(q_ref, rows.index, q_parts, rows.live)
 
     def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
@@ -184,15 +172,25 @@ def _forward_kernel(
         value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
         return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible, chosen)
 
-    if apart:
-        forced_ref, forced_lse_ref = forced_refs
-        outs = flash.load_parts(forced_ref, rows.index, v_parts, rows.live)
-        state = flash.softmax_resume(outs, flash.load_rows(forced_lse_ref, rows.index, rows.live), scale)
-    else:
-        state = flash.softmax_start(rows.count, v_parts)
+    state = softmax_begin(forced_refs, rows.index, rows.live, v_parts, scale)
     outs, lse = flash.softmax_end(reads.over_tiles(step, state), scale)
     total = flash.gated_sum(gates_ref, rows.index, v_parts, (cmp_ref, win_ref), outs, rows.live)
     store_results(result_refs, rows.index, v_parts, total, outs, lse, rows.live)
+
+
+def softmax_begin(
+    forced_refs: tuple[Any, ...],
+    index: tuple[Array, ...],
+    live: Array | None,
+    parts: tuple[flash.Part, ...],
+    scale: float,
+) -> flash.Softmax:
+    """With what `forced_forward` read, if it did."""
+    if not forced_refs:
+        return flash.softmax_start(index[0].shape[0], parts)
+    forced_ref, forced_lse_ref = forced_refs
+    outs = flash.load_parts(forced_ref, index, parts, live)
+    return flash.softmax_resume(outs, flash.load_rows(forced_lse_ref, index, live), scale)
 
 
 def forced_forward(
@@ -226,22 +224,15 @@ def selected_query_gradient(
     dtype: Any,
     config: Config,
     scale: float,
-    apart: bool,
     launch: Launch,
 ) -> Grouped:
-    """dq of the selected branch plus `added` (float32), in `dtype`.
-
-    Args:
-        apart: whether what the blocks that every query is forced to choose give is in `added` already.
-    """
+    """dq of these blocks plus `added` (float32), in `dtype`."""
     batch, length, kv_heads, group, _ = rows.query.shape
     dq = jax.ShapeDtypeStruct(rows.query.shape, dtype)
     queries = queries_per_tile(launch.tile, group, blocks.shape[-1])
-    read = unions(blocks, queries, tokens, config=config, apart=apart, interpret=launch.interpret)
-    inputs = (*read, *tokens, *rows, key, value, added)
-    kernel = functools.partial(_dq_kernel, queries=queries, held=held_keys(config, launch.tile), scale=scale)
+    inputs = (*unions(blocks, queries, interpret=launch.interpret), *tokens, *rows, key, value, added)
     return launch(
-        functools.partial(kernel, config=config, apart=apart),
+        functools.partial(_dq_kernel, queries=queries, held=held_keys(config, launch.tile), scale=scale, config=config),
         "nsa_selected_dq",
         grid=(pl.cdiv(length, queries), kv_heads, batch),
         in_specs=flash.specs(inputs),
@@ -250,11 +241,11 @@ def selected_query_gradient(
     )(*inputs)
 
 
-def _dq_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config, apart: bool) -> None:
+def _dq_kernel(*refs: Any, queries: int, held: int, scale: float, config: Config) -> None:
     *read_refs, q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref, added_ref, dq_ref = refs
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     rows = _Rows(q_ref, queries)
-    reads = _Reads(read_refs, rows, config, held, apart)
+    reads = _Reads(read_refs, rows, config, held)
     query = flash.load_parts(q_ref, rows.index, q_parts, rows.live)
     dout = flash.load_parts(dout_ref, rows.index, v_parts, rows.live)
     gate, lse, delta = (flash.load_rows(ref, rows.index, rows.live) for ref in (gate_ref, lse_ref, delta_ref))
@@ -330,7 +321,7 @@ class _Rows:
 class _Reads:
     """The keys that a tile of queries reads, in tiles: a block of their union, or a part of a long one."""
 
-    def __init__(self, refs: Any, rows: _Rows, config: Config, held: int, apart: bool):
+    def __init__(self, refs: Any, rows: _Rows, config: Config, held: int):
         union_ref, self.readers_ref, low_ref, high_ref = refs
         self.union_ref, self.rows, self.size = union_ref, rows, config.select_block
         self.tile, self.held = pl.program_id(0), held
@@ -352,15 +343,9 @@ class _Reads:
         # Parts of a block that stick out of it are masked.
         self.inner = inner * self.parts if whole else self.count
         self.outer = outer * self.parts if whole else self.count
-        self.begin = jnp.int32(0)
-        if apart and rows.queries == 1:
-            # Of one query's list, the first and last blocks; a union is formed without them.
-            after_initial, first_local = _free_blocks(begin, end, config)
-            initial, others = (_count((union >= 0) & (union < bound)) for bound in (after_initial, first_local))
-            self.begin, self.count = initial * self.parts, jnp.minimum(self.count, others * self.parts)
 
     def over_tiles(self, step: Any, state: Any) -> Any:
-        return flash.over_tiles(self.begin, self.inner, self.outer, self.count, step, state)
+        return flash.over_tiles(0, self.inner, self.outer, self.count, step, state)
 
     def keys(self, tile: Any, masked: bool) -> tuple[Array, Array | None, Array | None, Array | None]:
         """A tile's keys; which rows chose its block, and which of them see which key; which keys may be loaded.
@@ -382,13 +367,6 @@ class _Reads:
                 visible &= jnp.broadcast_to(chosen[:, None], shape)
             readable = jnp.max(visible.astype(jnp.int32), axis=0) > 0
         return index, chosen, visible, readable
-
-
-def _free_blocks(low: Array, high: Array, config: Config) -> tuple[Array, Array]:
-    """The blocks `first .. end - 1` that a query, which may read tokens `low .. high - 1`, is not forced to choose."""
-    first, _ = flash.divide(low, config.select_block)
-    own, _ = flash.divide(jnp.maximum(high - 1, 0), config.select_block)
-    return first + config.num_initial, own - config.num_local + 1
 
 
 def _count(true: Array) -> Array:

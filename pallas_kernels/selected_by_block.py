@@ -27,7 +27,16 @@ from pallas_kernels import flash
 from pallas_kernels.flash import Config, Launch, Ranges, Tile
 from pallas_kernels.inverse_lists import Pieces, cut, invert
 from pallas_kernels.range_attention import Grouped, QuerySide
-from pallas_kernels.selected_attention import Kept, Sum, held_keys, result_shapes, store_results
+from pallas_kernels.selected_attention import (
+    Forced,
+    Kept,
+    Sum,
+    forced_forward,
+    held_keys,
+    result_shapes,
+    softmax_begin,
+    store_results,
+)
 
 MAX_PARTIALS = 2**30
 
@@ -54,6 +63,7 @@ def selected_forward_by_block(
     config: Config,
     scale: float,
     holes: bool,
+    forced: Forced | None,
     launch: Launch,
     sum_launch: Launch,
     keep: bool,
@@ -62,7 +72,8 @@ def selected_forward_by_block(
     size = value.shape[-1]
     kernel = functools.partial(_partial_forward_kernel, tile=launch.tile, scale=scale, config=config, holes=holes)
 
-    def some_heads(head: Array, blocks: Array, query: Array, branches: Sum) -> Any:
+    def some_heads(head: Array, blocks: Array, query: Array, branches: Sum, apart: tuple[Array, ...]) -> Any:
+        outs = result_shapes(query, value, keep=keep)
         lists, pieces = _lists(blocks, key, config)
         partial = (*blocks.shape, query.shape[3])
         partials = (
@@ -73,16 +84,17 @@ def selected_forward_by_block(
             lists.query, *pieces[:-1], head, *tokens, blocks, query, key, value
         )
         out, *kept = _by_rows(
-            functools.partial(_sum_forward_kernel, tile=sum_launch.tile),
+            functools.partial(_sum_forward_kernel, tile=sum_launch.tile, num_results=len(outs)),
             "nsa_selected_sum_forward",
-            (blocks, *found, *branches),
-            result_shapes(query, value, keep=keep),
+            (blocks, *found, *branches, *apart),
+            outs,
             launch=sum_launch,
         )
         return out, Kept(*kept) if keep else None
 
     bytes_per_head = blocks[:, :, 0].size * query.shape[3] * size * value.dtype.itemsize
-    return _over_heads(some_heads, bytes_per_head, blocks, query, branches)
+    apart = () if forced is None else forced_forward(query, key, value, forced, scale=scale, holes=holes)
+    return _over_heads(some_heads, bytes_per_head, blocks, query, branches, apart)
 
 
 def _partial_forward_kernel(*refs: Any, tile: Tile, scale: float, config: Config, holes: bool) -> None:
@@ -107,8 +119,11 @@ def _partial_forward_kernel(*refs: Any, tile: Tile, scale: float, config: Config
     piece.over_tiles(step, jnp.int32(0), holes)
 
 
-def _sum_forward_kernel(blocks_ref: Any, partial_ref: Any, partial_lse_ref: Any, *refs: Any, tile: Tile) -> None:
-    gates_ref, cmp_ref, win_ref, *result_refs = refs
+def _sum_forward_kernel(
+    blocks_ref: Any, partial_ref: Any, partial_lse_ref: Any, *refs: Any, tile: Tile, num_results: int
+) -> None:
+    gates_ref, cmp_ref, win_ref = refs[:3]
+    forced_refs, result_refs = refs[3:-num_results], refs[-num_results:]
     num_tokens, slots, group, size = partial_ref.shape
     parts = flash.head_parts(size)
     rows = flash.rows_from(pl.program_id(0) * tile.rows, tile.rows, group, num_tokens)
@@ -127,11 +142,12 @@ def _sum_forward_kernel(blocks_ref: Any, partial_ref: Any, partial_lse_ref: Any,
         )
         return flash.Softmax(highest, state.total * shrink + weight, sums)
 
-    state = lax.fori_loop(0, slots, step, flash.softmax_start(tile.rows, parts))
     # The scores are in base 2 already.
-    outs, lse = flash.softmax_end(state, 1.0 / flash.LOG2E)
+    scale = 1.0 / flash.LOG2E
+    state = lax.fori_loop(0, slots, step, softmax_begin(forced_refs, where, rows.live, parts, scale))
+    outs, lse = flash.softmax_end(state, scale)
     total = flash.gated_sum(gates_ref, where, parts, (cmp_ref, win_ref), outs, rows.live)
-    store_results(tuple(result_refs), where, parts, total, outs, lse, rows.live)
+    store_results(result_refs, where, parts, total, outs, lse, rows.live)
 
 
 # -------------------------------------------------------------------------------------------------------------- backward

@@ -12,8 +12,8 @@ import pallas_kernels
 from nsa_jax import NativeSparseAttention, NSAConfig, nsa_attention
 from nsa_jax.testing import SMALL, Case, assert_as_accurate, make_inputs
 from pallas_kernels import inverse_lists, selected_by_block, tiles
-from pallas_kernels.flash import Ranges
-from pallas_kernels.selected_attention import queries_per_tile, unions
+from pallas_kernels.positions import BlockRanges
+from pallas_kernels.selected_attention import free_blocks, queries_per_tile, unions
 from tests.programs import QUICK
 from tests.test_lowering import for_cuda, verified_kernels
 
@@ -104,7 +104,8 @@ def test_heads_in_turns(monkeypatch):
     case = Case(batch=2, queries=37, keys=37, heads=6, kv_heads=6, head_dim=8, value_head_dim=16)
     inputs = make_inputs(case)
     whole = solve(case, inputs, public(case, "pallas_interpret"))
-    one_head = 2 * 37 * SMALL.num_selected * 16 * 4
+    free = SMALL.num_selected - SMALL.num_initial - SMALL.num_local
+    one_head = 2 * 37 * free * 16 * 4
     monkeypatch.setattr(selected_by_block, "MAX_PARTIALS", 2 * one_head)
     jax.clear_caches()
     in_turns = solve(case, inputs, public(case, "pallas_interpret"))
@@ -118,18 +119,22 @@ def test_heads_in_turns(monkeypatch):
 
 def test_unions():
     blocks = jnp.asarray([[0, 3, 7], [0, 4, 7], [2, -1, -1], [0, 2, 5], [1, 2, 3]], jnp.int32)[None, :, None]
-    # Of one token a block: query r may read all up to 7.
-    tokens = Ranges(jnp.zeros((1, 5), jnp.int32), jnp.full((1, 5), 8, jnp.int32))
-    config = NSAConfig(1, 1, 1, 3, 1, 1)
-    found = unions(blocks, 2, tokens, config=config, apart=False, interpret=True)
+    found = unions(blocks, 2, interpret=True)
     want = [[0, 3, 4, 7, -1, -1], [0, 2, 5, -1, -1, -1], [1, 2, 3, -1, -1, -1]]
     assert found.blocks[0, :, 0].tolist() == want
     assert found.readers[0, :, 0].tolist() == [[3, 1, 2, 3, 0, 0], [2, 3, 2, 0, 0, 0], [1, 1, 1, 0, 0, 0]]
-    # The first and the last are forced.
-    found = unions(blocks, 2, tokens, config=config, apart=True, interpret=True)
-    want = [[3, 4, -1, -1, -1, -1], [2, 5, -1, -1, -1, -1], [1, 2, 3, -1, -1, -1]]
-    assert found.blocks[0, :, 0].tolist() == want
-    assert found.readers[0, :, 0].tolist() == [[1, 2, 0, 0, 0, 0], [3, 2, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]]
+
+
+def test_free_blocks():
+    """In a segment that begins in block 2; of five slots the first and the last two are forced."""
+    blocks = [[2, 3, 5, 8, 9], [2, 3, 4, 5, -1], [2, 3, 4, -1, -1], [2, 3, -1, -1, -1], [2, -1, -1, -1, -1]]
+    own = [9, 5, 4, 3, 2]
+    candidates = BlockRanges(jnp.full((1, 5), 2, jnp.int32), jnp.asarray([own], jnp.int32))
+    blocks = jnp.asarray(blocks, jnp.int32)[None, :, None]
+    found = free_blocks(blocks, candidates, config=NSAConfig(1, 1, 1, 5, 1, 2))
+    assert found[0, :, 0].tolist() == [[3, 5], [3, -1], [-1, -1], [-1, -1], [-1, -1]]
+    only_forced = free_blocks(blocks[..., :3], candidates, config=NSAConfig(1, 1, 1, 3, 1, 2))
+    assert only_forced[0, :, 0].tolist() == [[-1]] * 5
 
 
 @pytest.mark.parametrize("slots", [1, 16, 64, 600, 1024])

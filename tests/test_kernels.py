@@ -170,17 +170,18 @@ FORCED = (
     *("segments_unaligned", "segments_and_start", "query_start_per_sequence", "one_query_late"),
 )
 FORCED_FOR_SEVERAL = ("segments_unaligned", "many_forced", "query_start_per_sequence")
+FORCED_BY_BLOCK = ("group_5", "more_slots_than_blocks", "segments_aligned")
 FORCED_WITH_GRADIENTS = ("plain", "segments_unaligned")
 
 
 @pytest.mark.parametrize("name", FORCED)
 def test_forced_blocks_are_read_apart(name, cut_small):
-    """Where the kernels chose the blocks; a program reads the others for one query, or for a few at once."""
+    """Where the kernels chose the blocks; a program reads the others for one query, for a few at once, or by block."""
     cut_small(CASES[name].config)
     problem = pose(CASES[name])
     inputs, _, cotangent = problem.arguments
-    several, gradients = name in FORCED_FOR_SEVERAL, name in FORCED_WITH_GRADIENTS
-    run = program(problem.case, BY_QUERY if several else ONE_QUERY, gradients=gradients)
+    implementation = BY_QUERY if name in FORCED_FOR_SEVERAL else BY_BLOCK if name in FORCED_BY_BLOCK else ONE_QUERY
+    run = program(problem.case, implementation, gradients=name in FORCED_WITH_GRADIENTS)
     assert ("nsa_selected_forced" in str(run.trace(inputs, None, cotangent).jaxpr)) == (name != "nothing_forced")
     assert_solves(run(inputs, None, cotangent), problem)
     unread = [~mask for mask in read_keys(problem)]
