@@ -17,7 +17,7 @@ Both run on chunks of queries, so that the scores stay under `MAX_SCRATCH` bytes
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +158,7 @@ def _scores_kernel(
             if masked:
                 i = index * units + offset
                 p = jnp.where((low[:, None] <= i[None, :]) & (i[None, :] < high[:, None]), p, 0.0)
-            outside = jnp.maximum(shared - units + offset, 0).astype(jnp.float32)[None, :]
+            outside = outside_units(offset, units, shared)[None, :]
             total, after = sums
             return total + _over_places(p, packed), after + _over_places(p * outside, packed)
 
@@ -194,6 +194,11 @@ def _scores_kernel(
     )
 
 
+def outside_units(place: Array, units: int, shared: int) -> Array:
+    """Of a compressed token's `shared` units, how many lie in the block after its own; `place` is its place in its own."""
+    return jnp.maximum(shared - units + place, 0).astype(jnp.float32)
+
+
 def _over_places(p: Array, packed: int) -> Array:
     """`[rows, packed * blocks]` summed to `[rows, blocks]`."""
     return p if packed == 1 else jnp.sum(p.reshape(p.shape[0], packed, -1), axis=1)
@@ -202,7 +207,7 @@ def _over_places(p: Array, packed: int) -> Array:
 def _choice_kernel(start_ref: Any, first_ref: Any, own_ref: Any, *refs: Any, rows: int, config: Config) -> None:
     own_sums_ref, *after_ref, blocks_ref = refs
     num_tokens, (chunk, num_blocks) = own_ref.shape[0], own_sums_ref.shape
-    slots, width = config.num_selected, flash.next_power_of_2(num_blocks)
+    width = flash.next_power_of_2(num_blocks)
     query = pl.program_id(0) * rows + lax.iota(jnp.int32, rows)
     live = (query < chunk) & (start_ref[0] + query < num_tokens)
     first = flash.load_rows(first_ref, (start_ref[0] + query,), live)[:, None]
@@ -217,6 +222,26 @@ def _choice_kernel(start_ref: Any, first_ref: Any, own_ref: Any, *refs: Any, row
         before = candidate & (block > first)
         previous = jnp.maximum(block - 1, 0)
         score += pltriton.load(after_ref[0].at[index, previous], mask=before, other=0.0)
+    store_choice(blocks_ref, score, Choice(index, block, candidate, query, first, own, live), config=config)
+
+
+class Choice(NamedTuple):
+    """What the queries of a program choose from."""
+
+    index: Array  # [rows, width], where the query's blocks are written
+    block: Array  # [rows, width]
+    candidate: Array  # [rows, width], whether the block is one
+    query: Array  # [rows], `index` of a row
+    first: Array  # [rows, 1], the first candidate
+    own: Array  # [rows, 1], the last
+    live: Array  # [rows]
+
+
+def store_choice(blocks_ref: Any, score: Array, choice: Choice, *, config: Config) -> None:
+    """Write the n blocks (eq. 11) of each query to `blocks_ref` `[T, A]`, ascending, then -1; `score` is `[rows, width]`."""
+    index, block, candidate, query, first, own, live = choice
+    rows, width = score.shape
+    slots = config.num_selected
     # NaN counts as the best score, so that even then no block is chosen twice.
     order = jnp.where(score >= 0.0, jnp.minimum(lax.bitcast_convert_type(score, jnp.int32), FORCED - 1), FORCED - 1)
     forced = (block < first + config.num_initial) | (block > own - config.num_local)
