@@ -228,10 +228,10 @@ def _choice_kernel(start_ref: Any, first_ref: Any, own_ref: Any, *refs: Any, row
 class Choice(NamedTuple):
     """What the queries of a program choose from."""
 
-    index: Array  # [rows, width], where the query's blocks are written
+    place: Array  # [rows, width], where the query's blocks are written
     block: Array  # [rows, width]
     candidate: Array  # [rows, width], whether the block is one
-    query: Array  # [rows], `index` of a row
+    query: Array  # [rows], `place` of a row
     first: Array  # [rows, 1], the first candidate
     own: Array  # [rows, 1], the last
     live: Array  # [rows]

@@ -483,10 +483,10 @@ class _Heads:
         flash.store_rows(lse_ref, where, jnp.where(state.total > 0.0, lse, flash.MASKED), live)
 
 
-def _partial(query: Grouped, parts: int, value_size: int) -> Any:
+def _partial(query: Grouped, parts: int, value_size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes of a `Partial`."""
     shape = (query.shape[0], parts, *query.shape[2:4])
-    return Partial(*(jax.ShapeDtypeStruct(x, jnp.float32) for x in ((*shape, value_size), shape)))
+    return tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in ((*shape, value_size), shape))
 
 
 def _places(ref: Any) -> Places:
