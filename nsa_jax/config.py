@@ -169,6 +169,23 @@ def check_attention_inputs(
         _check_int32("selected_blocks", selected_blocks)
 
 
+def check_decode_inputs(query: Any, *, window: Any, lengths: Any, config: NSAConfig, **others: Any) -> None:
+    """Raise `ValueError` for any input that `decode_step` does not take."""
+    if len(query.shape) == 4:
+        if query.shape[1] != 1:
+            raise ValueError(f"decode_step reads one query a sequence, but the query's shape is {tuple(query.shape)}")
+        _check_shape("lengths", "[B]", lengths, (query.shape[0],))
+        _check_int32("lengths", lengths)
+    # Lengths are positions, the ends of sequences.
+    where: dict[str, Any] = dict(query_start=lengths, window_start=lengths, segment_ids=None, selected_blocks=None)
+    check_attention_inputs(query, window=window, config=config, **where, **others)
+    if window[0].shape[1] != config.window:
+        raise ValueError(
+            f"the ring of the window branch has {window[0].shape[1]} rows; it must have window={config.window}, and the "
+            "token at position p in row p % window"
+        )
+
+
 def _check_window_covers(
     query_start: Any, window_start: Any, num_queries: int, length: int, num_keys: int, config: NSAConfig
 ) -> None:

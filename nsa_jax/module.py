@@ -11,7 +11,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int32
 
 from nsa_jax import ops
-from nsa_jax.cache import NSACache, extend, init_cache
+from nsa_jax.cache import NSACache, extend, init_cache, recent_window
 from nsa_jax.compression import COMPRESSIONS
 from nsa_jax.config import NSAConfig, check_segment_ids
 from nsa_jax.reference import segment_starts
@@ -310,7 +310,7 @@ class NativeSparseAttention(nnx.Module):
         if lengths is not None:
             num_real = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, num_new)
         projections = self.project(x, start=cache.lengths)
-        grown, window = extend(
+        grown = extend(
             cache,
             compression=projections.compression,
             selected=projections.selected,
@@ -319,22 +319,28 @@ class NativeSparseAttention(nnx.Module):
             compress=self._compress_at,
             config=self.config,
         )
+        attend: Callable[..., Out]
+        where: dict[str, Any]
+        if num_new == 1:
+            attend, window, where = ops.decode_step, grown.window, dict(lengths=grown.lengths)
+        else:
+            window, start = recent_window(cache, projections.window, num_real, self.config)
+            attend, where = ops.nsa_attention, dict(query_start=cache.lengths, window_start=start)
         dtype = projections.query.dtype
-        compressed, selected, near = jax.tree.map(
-            lambda x: x.astype(dtype), (grown.compressed, grown.selected, window.keys_values)
+        compressed, selected, window = jax.tree.map(
+            lambda x: x.astype(dtype), (grown.compressed, grown.selected, window)
         )
-        arguments = dict(
+        out = attend(
+            projections.query,
             compressed=compressed,
             selected=selected,
-            window=near,
+            window=window,
             gates=projections.gates,
             config=self.config,
-            query_start=cache.lengths,
-            window_start=window.start,
             implementation=self.implementation,
+            **where,
         )
-        attend: Callable[..., Out] = ops.decode_step if num_new == 1 else ops.nsa_attention
-        out = self.out(attend(projections.query, **arguments))
+        out = self.out(out)
         return mark_overflow(out, cache.lengths, num_real, max_length=cache.max_length), grown
 
 

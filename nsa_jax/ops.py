@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Int32
 
 import pallas_kernels
 from nsa_jax import reference
-from nsa_jax.config import NSAConfig, check_attention_inputs, check_inputs
+from nsa_jax.cache import unroll
+from nsa_jax.config import NSAConfig, check_attention_inputs, check_decode_inputs, check_inputs
 from nsa_jax.shapes import Blocks, CompressedKey, Gates, KeyValue, Out, Position, Query, SegmentIds
 
 ImplementationName = Literal["xla", "pallas", "pallas_interpret"]
@@ -20,11 +23,13 @@ ImplementationName = Literal["xla", "pallas", "pallas_interpret"]
 class Implementation(NamedTuple):
     """One way to compute NSA; signatures as in `reference.py`, but `attend` chooses the blocks itself if they are None.
 
+    `decode_step(query, compressed, selected, window, gates, lengths, *, config, scale)` is the function of that name, below.
     The names of `SAVED_NAMES` are attached inside `attend`, where the backward pass finds them.
     """
 
     select_blocks: Callable[..., Blocks]
     attend: Callable[..., Out]
+    decode_step: Callable[..., Out]
 
 
 # Compiled as a whole, so that a call outside of any jit does not compile operation by operation.
@@ -35,6 +40,7 @@ _canonical_blocks = jax.jit(reference.canonical_blocks, static_argnames=("config
 _STATIC = ("config", "scale", "interpret")
 _select_blocks_pallas = jax.jit(pallas_kernels.select_blocks, static_argnames=(*_STATIC, "num_keys"), inline=True)
 _attend_pallas = jax.jit(pallas_kernels.attend, static_argnames=_STATIC, inline=True)
+_decode_step_pallas = jax.jit(pallas_kernels.decode_step, static_argnames=_STATIC, inline=True)
 
 
 def _attend_xla(
@@ -57,11 +63,26 @@ def _attend_xla(
     return checkpoint_name(out, "nsa_out")
 
 
+def _decode_step_xla(
+    query: Query,
+    compressed: KeyValue,
+    selected: KeyValue,
+    window: KeyValue,
+    gates: Gates,
+    lengths: Int32[Array, "B"],
+    **sizes: Any,
+) -> Out:
+    # An empty sequence reads what one of a single token would.
+    where = dict(query_start=jnp.maximum(lengths - 1, 0), segment_ids=None, **sizes)
+    near, window_start = unroll(window, lengths), lengths - window.key.shape[1]
+    return _attend_xla(query, compressed, selected, near, gates, None, window_start=window_start, **where)
+
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": Implementation(_select_blocks_xla, _attend_xla),
-    "pallas": Implementation(_select_blocks_pallas, _attend_pallas),
+    "xla": Implementation(_select_blocks_xla, _attend_xla, _decode_step_xla),
+    "pallas": Implementation(_select_blocks_pallas, _attend_pallas, _decode_step_pallas),
     "pallas_interpret": Implementation(
-        functools.partial(_select_blocks_pallas, interpret=True), functools.partial(_attend_pallas, interpret=True)
+        *(functools.partial(f, interpret=True) for f in (_select_blocks_pallas, _attend_pallas, _decode_step_pallas))
     ),
 }
 
@@ -255,32 +276,53 @@ def select_blocks(
 
 def decode_step(
     query: Query,
+    *,
     compressed: KeyValue,
     selected: KeyValue,
     window: KeyValue,
     gates: Gates,
-    *,
+    lengths: Int32[Array, "B"],
     config: NSAConfig,
     scale: float | None = None,
-    query_start: Position,
-    window_start: Position,
     implementation: ImplementationName | None = None,
 ) -> Out:
-    """`nsa_attention` for one query a sequence against a cache, without gradient; arguments as there. T is 1."""
-    if query.shape[1] != 1:
-        raise ValueError(f"decode_step reads one query a sequence, but the query's shape is {query.shape}")
-    return nsa_attention(
+    """`nsa_attention` of one query a sequence, its last token, to the cache that holds it; without gradient.
+
+    Args:
+        query: `[B, 1, N, H]`.
+        compressed, selected: `[B, C, K, ...]` and `[B, S, K, ...]`, of which a sequence's own tokens are read and no more.
+        window: `[B, w, K, ...]`, w = `config.window`: a ring. The token at position p is in row `p % w`.
+        gates: `[B, 1, N, 3]`.
+        lengths: int32 `[B]`: tokens of each sequence, the query's own included.
+        config, scale, implementation: as in `nsa_attention`.
+
+    Returns:
+        `[B, 1, N, V]` in the values' dtype; where a length is 0 or above S, finite and otherwise unspecified.
+
+    Raises:
+        ValueError, NotImplementedError: as `nsa_attention`.
+    """
+    check_decode_inputs(
         query,
         compressed=compressed,
         selected=selected,
         window=window,
         gates=gates,
+        lengths=lengths,
         config=config,
         scale=scale,
-        query_start=query_start,
-        window_start=window_start,
-        implementation=implementation,
     )
+    scale = _scale(scale, query)
+    chosen = _implementation(
+        implementation,
+        query,
+        kv_heads=selected.key.shape[2],
+        config=config,
+        num_keys=selected.key.shape[1],
+        value_size=selected.value.shape[3],
+        scale=scale,
+    )
+    return chosen.decode_step(query, compressed, selected, window, gates, lengths, config=config, scale=scale)
 
 
 def _scale(scale: float | None, query: Query) -> float:

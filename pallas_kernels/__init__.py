@@ -8,6 +8,7 @@ range_attention.py       kernels of branches in which a query reads one range of
 block_selection.py       importance of blocks and the choice of n
 selected_attention.py    kernels that read the chosen blocks, by query
 selected_by_block.py     the same by block, for small groups; dk and dv
+decode_attention.py      one query a sequence against a cache
 inverse_lists.py         the queries that chose each block
 flash.py                 what the kernels share
 tiles.py                 speed knobs; tiles.json: what was found fastest
@@ -17,10 +18,11 @@ support.py               what the kernels take
 import warnings
 
 from pallas_kernels.attention import attend, select_blocks
+from pallas_kernels.decode_attention import decode_step
 from pallas_kernels.support import why_not, why_not_here
 
 # JAX announces at every lowering that it means to drop this backend. That concerns this package (its bound on jax), not its
 # users. The lowering comes after our functions have returned, so that only a filter for good can hold this one message.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
-__all__ = ["attend", "select_blocks", "why_not", "why_not_here"]
+__all__ = ["attend", "decode_step", "select_blocks", "why_not", "why_not_here"]

@@ -161,7 +161,7 @@ def _scores_kernel(
             if masked:
                 i = index * units + offset
                 p = jnp.where((low[:, None] <= i[None, :]) & (i[None, :] < high[:, None]), p, 0.0)
-            outside = jnp.maximum(shared - units + offset, 0).astype(jnp.float32)[None, :]
+            outside = outside_units(offset, units, shared)[None, :]
             total, after = sums
             return total + _over_places(p, packed), after + _over_places(p * outside, packed)
 
@@ -195,6 +195,11 @@ def _scores_kernel(
         step,
         jnp.int32(0),
     )
+
+
+def outside_units(place: Array, units: int, shared: int) -> Array:
+    """Of a compressed token's `shared` units, how many lie in the block after its own; `place` is its place in its own."""
+    return jnp.maximum(shared - units + place, 0).astype(jnp.float32)
 
 
 def _over_places(p: Array, packed: int) -> Array:
@@ -236,8 +241,7 @@ def _choose(
     own_sums_ref: Any, after_ref: list[Any], blocks_ref: Any, these: Rows, width: int, *, config: Config
 ) -> None:
     query, live, first, own, base = these
-    rows, slots = query.shape[0], config.num_selected
-    shape = (rows, width)
+    shape = (query.shape[0], width)
     block = base + jnp.broadcast_to(lax.iota(jnp.int32, width)[None, :], shape)
     index = jnp.broadcast_to(query[:, None], shape)
     candidate = (first <= block) & (block <= own) & live[:, None]
@@ -246,6 +250,26 @@ def _choose(
         before = candidate & (block > first)
         previous = jnp.maximum(block - 1, 0)
         score += pltriton.load(after_ref[0].at[index, previous], mask=before, other=0.0)
+    store_choice(blocks_ref, score, Choice(index, block, candidate, query, first, own, live), config=config)
+
+
+class Choice(NamedTuple):
+    """What the queries of a program choose from."""
+
+    place: Array  # [rows, width], where the query's blocks are written
+    block: Array  # [rows, width]
+    candidate: Array  # [rows, width], whether the block is one
+    query: Array  # [rows], `place` of a row
+    first: Array  # [rows, 1], the first candidate
+    own: Array  # [rows, 1], the last
+    live: Array  # [rows]
+
+
+def store_choice(blocks_ref: Any, score: Array, choice: Choice, *, config: Config) -> None:
+    """Write the n blocks (eq. 11) of each query to `blocks_ref` `[T, A]`, ascending, then -1; `score` is `[rows, width]`."""
+    index, block, candidate, query, first, own, live = choice
+    rows, width = score.shape
+    slots = config.num_selected
     # NaN counts as the best score, so that even then no block is chosen twice.
     order = jnp.where(score >= 0.0, jnp.minimum(lax.bitcast_convert_type(score, jnp.int32), FORCED - 1), FORCED - 1)
     forced = (block < first + config.num_initial) | (block > own - config.num_local)

@@ -219,6 +219,18 @@ def softmax_step(
         visible: `[rows, keys]`, which row reads which key; None if each reads all.
         reads: `[rows]`, which rows read the tile at all.
     """
+    return weighted_step(state, products, scale, values, visible, reads)[0]
+
+
+def weighted_step(
+    state: Softmax,
+    products: Array,
+    scale: float,
+    values: tuple[Array, ...],
+    visible: Array | None,
+    reads: Array | None = None,
+) -> tuple[Softmax, Array]:
+    """`softmax_step`, and the weights `[rows, keys]` of the tile, 2^(s - highest)."""
     # The products are scaled where the highest is subtracted: one multiply-add a score.
     scale *= LOG2E
     if visible is not None:
@@ -233,7 +245,7 @@ def softmax_step(
         total * shrink[:, None] + dot(weights.astype(value.dtype), value)
         for total, value in zip(state.sums, values, strict=True)
     )
-    return Softmax(highest, state.total * shrink + jnp.sum(weights, axis=1), sums)
+    return Softmax(highest, state.total * shrink + jnp.sum(weights, axis=1), sums), weights
 
 
 def only_if(reads: Array | None, subtracted: Array) -> Array:
@@ -292,12 +304,25 @@ def gated_sum(
     out_slc: tuple[Array, ...],
     live: Array | None,
 ) -> tuple[Array, ...]:
-    """`g_cmp o_cmp + g_slc o_slc + g_win o_win` (eq. 5); gates `[..., 3]`, `other_refs` are o_cmp and o_win."""
-    g_cmp, g_slc, g_win = (
-        load_rows(gates_ref, (*index, jnp.full_like(index[0], branch)), live).astype(jnp.float32)[:, None]
+    """`sum_branches` of gates `[..., 3]` and of o_cmp and o_win, which are `other_refs`."""
+    gates = load_gates(gates_ref, index, live)
+    out_cmp, out_win = (load_parts(ref, index, parts, live) for ref in other_refs)
+    return sum_branches(gates, out_cmp, out_slc, out_win)
+
+
+def load_gates(ref: Any, index: tuple[Array, ...], live: Array | None) -> tuple[Array, ...]:
+    """Of the three branches, `[rows, 1]` each, from gates `[..., 3]`."""
+    return tuple(
+        load_rows(ref, (*index, jnp.full_like(index[0], branch)), live).astype(jnp.float32)[:, None]
         for branch in range(3)
     )
-    out_cmp, out_win = (load_parts(ref, index, parts, live) for ref in other_refs)
+
+
+def sum_branches(
+    gates: tuple[Array, ...], out_cmp: tuple[Array, ...], out_slc: tuple[Array, ...], out_win: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """`g_cmp o_cmp + g_slc o_slc + g_win o_win` (eq. 5)."""
+    g_cmp, g_slc, g_win = gates
     return tuple(
         g_cmp * c.astype(jnp.float32) + g_slc * s + g_win * w.astype(jnp.float32)
         for c, s, w in zip(out_cmp, out_slc, out_win, strict=True)

@@ -49,6 +49,12 @@ def window_ranges(where: Positions, window_start: int | Array, *, length: int, c
     return Ranges(jnp.clip(low, 0, length), jnp.clip(where.position + 1 - start, 0, length))
 
 
+def ring_ranges(where: Positions, *, config: Config) -> Ranges:
+    """The last w tokens, as rows of a ring that holds token p in row p % w: w=3, query 1 reads 0, 1, query 5 all three."""
+    high = jnp.minimum(where.position + 1, config.window)
+    return Ranges(jnp.zeros_like(high), high)
+
+
 def compressed_ranges(where: Positions, *, config: Config) -> Ranges:
     """The compressed tokens whose tokens, `i*d .. i*d + l - 1`, are all readable: l=8, d=4, query 12 reads 0 and 1."""
     l, d = config.compress_block, config.compress_stride

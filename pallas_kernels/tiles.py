@@ -20,6 +20,8 @@ from pallas_kernels.flash import Tile, head_parts
 SELECTED_ROWS = 32
 # Groups that fill too little of a tile of one query.
 BY_BLOCK_BELOW = 8
+# A few for each processor of a large GPU: one that waits for memory wants others beside it.
+DECODE_PROGRAMS = 512
 TABLE = Path(__file__).with_name("tiles.json")
 
 
@@ -40,6 +42,10 @@ class Tiles:
     selected_dkv: Tile
     selected_by_block: Tile  # forward by block
     selected_add: Tile  # sums of partial results
+    decode_compressed: Tile
+    decode_choice: Tile  # keys are the window's
+    decode_selected: Tile
+    decode_programs: int  # that share the compressed tokens of all sequences
     by_block: bool  # whether the selected branch's forward and dq go by block
 
 
@@ -68,7 +74,7 @@ def _lookup(device: str, capability: str, dtype: str, size: int, value_size: int
     ]
     tuned: dict[str, Any] = {}
     for entry in sorted(entries, key=distance, reverse=True):
-        tuned |= {kernel: Tile(*tile) for kernel, tile in entry["tiles"].items()}
+        tuned |= {kernel: Tile(*tile) if isinstance(tile, list) else tile for kernel, tile in entry["tiles"].items()}
     return dataclasses.replace(safe, **tuned)
 
 
@@ -81,6 +87,8 @@ def rule(dtype: str, size: int, value_size: int, group: int) -> Tiles:
     held = numbers * jnp.dtype(dtype).itemsize
     keys = _power_of_2_below(2**15 // held, 16, 64)
     rows = _power_of_2_below(2**15 // held, 16, 64)
+    # Small tiles, more of them under way: there is little else that hides the way to memory.
+    decode = Tile(0, keys // 2, 4, 4) if keys > 16 else Tile(0, keys, 4, 2)
     return Tiles(
         window_forward=Tile(rows, keys, 4, 2),
         window_dkv=Tile(rows, keys, 4, 2),
@@ -95,6 +103,10 @@ def rule(dtype: str, size: int, value_size: int, group: int) -> Tiles:
         selected_dkv=Tile(rows, min(keys, _power_of_2_below(2**14 // numbers, 16, 128)), 4, 2),
         selected_by_block=Tile(rows, _power_of_2_below(2**16 // held, 16, 128), 4, 2),
         selected_add=Tile(16, 0, 4, 1),
+        decode_compressed=decode,
+        decode_choice=decode,
+        decode_selected=decode,
+        decode_programs=DECODE_PROGRAMS,
         by_block=group < BY_BLOCK_BELOW,
     )
 

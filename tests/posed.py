@@ -95,3 +95,15 @@ def with_nan(inputs: Inputs, masks: list[np.ndarray]) -> Inputs:
         for pair, mask in zip(inputs[1:4], masks, strict=True)
     ]
     return Inputs(inputs.query, *pairs, *inputs[4:])
+
+
+def ring_of(window: KeyValue, lengths: Any, size: int, *, unwritten: float = np.nan) -> KeyValue:
+    """The last `size` tokens of each sequence as the cache keeps them: the token at position p in row p % size."""
+    rings = []
+    for array in window:
+        ring = np.full((array.shape[0], size, *array.shape[2:]), unwritten, np.float32)
+        for b, length in enumerate(np.asarray(lengths).tolist()):
+            for p in range(max(0, length - size), length):
+                ring[b, p % size] = np.asarray(array[b, p], np.float32)
+        rings.append(jnp.asarray(ring, array.dtype))
+    return KeyValue(*rings)

@@ -200,7 +200,7 @@ def nothing_runs(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the implementation was called")
 
-    monkeypatch.setitem(ops.IMPLEMENTATIONS, "xla", ops.Implementation(never, never))
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "xla", ops.Implementation(never, never, never))
 
 
 def is_array(x):

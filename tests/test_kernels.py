@@ -67,13 +67,13 @@ def kernels_of(*, by_block: bool, selected_rows: int = 16) -> Implementation:
     }
     options = dict(tiles=dataclasses.replace(rule, **(selected | small), by_block=by_block), interpret=True)
     return Implementation(
-        functools.partial(pallas_kernels.select_blocks, **options), functools.partial(pallas_kernels.attend, **options)
+        *(functools.partial(getattr(pallas_kernels, name), **options) for name in Implementation._fields)
     )
 
 
 BY_QUERY, BY_BLOCK = kernels_of(by_block=False), kernels_of(by_block=True)
 ONE_QUERY = kernels_of(by_block=False, selected_rows=1)
-REFERENCE = Implementation(reference.select_blocks, reference.attend)
+REFERENCE = Implementation(reference.select_blocks, reference.attend, None)
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from jax.ad_checkpoint import print_saved_residuals
 
 import nsa_jax
 import pallas_kernels
-from nsa_jax import KeyValue, NSAConfig, nsa_attention, ops, reference, save_attention, select_blocks
+from nsa_jax import NSAConfig, nsa_attention, ops, reference, save_attention, select_blocks
 from nsa_jax.testing import CASES, SMALL, make_inputs
+from tests.posed import ring_of
 from tests.programs import equations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -33,8 +34,10 @@ def choose(case, inputs, **arguments):
 
 
 def decode(case, inputs, **arguments):
-    starts = {"query_start": inputs.query_start, "window_start": inputs.window_start}
-    return ops.decode_step(*inputs[:5], config=case.config, **starts, **arguments)
+    lengths = jnp.broadcast_to(jnp.asarray(inputs.query_start, jnp.int32) + 1, (case.batch,))
+    tensors = dict(compressed=inputs.compressed, selected=inputs.selected, gates=inputs.gates, lengths=lengths)
+    tensors.update(window=ring_of(inputs.window, lengths, case.config.window, unwritten=0.0))
+    return ops.decode_step(inputs.query, config=case.config, **{**tensors, **arguments})
 
 
 FUNCTIONS = pytest.mark.parametrize("function", [attend, choose, decode], ids=lambda function: function.__name__)
@@ -143,7 +146,7 @@ def test_devices_that_the_kernels_run_on(platform, capability, reason, monkeypat
 def test_the_table_has_every_name():
     assert set(ops.IMPLEMENTATIONS) == set(get_args(ops.ImplementationName))
     for implementation in ops.IMPLEMENTATIONS.values():
-        assert implementation._fields == ("select_blocks", "attend")
+        assert implementation._fields == ("select_blocks", "attend", "decode_step")
         assert all(map(callable, implementation))
 
 
@@ -161,7 +164,11 @@ def recorded(monkeypatch):
         calls.append(("attend", {**arguments, "blocks": blocks}))
         return jnp.zeros((*query.shape[:3], selected.value.shape[-1]), query.dtype)
 
-    monkeypatch.setitem(ops.IMPLEMENTATIONS, "xla", ops.Implementation(select_blocks, attend))
+    def decode_step(query, compressed, selected, window, gates, lengths, **arguments):
+        calls.append(("decode_step", {**arguments, "query_start": lengths - 1}))
+        return jnp.zeros((*query.shape[:3], selected.value.shape[-1]), query.dtype)
+
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "xla", ops.Implementation(select_blocks, attend, decode_step))
     return calls
 
 
@@ -170,7 +177,7 @@ def test_the_table_alone_decides_what_runs(recorded):
     choose(CASE, inputs)
     attend(CASE, inputs)
     decode(CASE, inputs, scale=3)
-    assert [name for name, _ in recorded] == ["select_blocks", "attend", "attend"]
+    assert [name for name, _ in recorded] == ["select_blocks", "attend", "decode_step"]
     assert recorded[0][1]["num_keys"] == CASE.keys
     for _, arguments in recorded:
         assert arguments["config"] == CASE.config
@@ -200,20 +207,24 @@ def test_decode_step_is_nsa_attention_of_one_query(start):
     np.testing.assert_allclose(decode(CASE, inputs), attend(CASE, inputs), rtol=1e-6, atol=1e-6)
 
 
-def test_decode_step_reads_a_window_that_starts_at_its_own_position():
+CALLS = [
+    (
+        dict(query=jnp.zeros((2, 70, 4, 16))),
+        r"decode_step reads one query a sequence, but the query's shape is \(2, 70, 4, 16\)",
+    ),
+    (dict(query=jnp.zeros((4, 16))), r"query must be \[B, T, N, H\], but its shape is \(4, 16\)"),
+    (dict(lengths=jnp.zeros((1,), jnp.int32)), r"lengths must be \[B\] = \(2,\), but its shape is \(1,\)"),
+    (dict(lengths=jnp.zeros((2,))), r"lengths has dtype float32; it must be int32"),
+    (dict(window=make_inputs(CASE).window), r"the ring of the window branch has 77 rows; it must have window=20"),
+]
+
+
+@pytest.mark.parametrize("changed, message", CALLS, ids=[message[:40] for _, message in CALLS])
+def test_decode_step_refuses(changed, message, unchecked_shapes):
+    query = changed.pop("query", None)
     inputs = make_inputs(CASE)
-    start = np.asarray(CASE.query_start) - SMALL.window + 1
-    rows = jnp.asarray(start[:, None] + np.arange(SMALL.window))
-    window = KeyValue(*(jnp.take_along_axis(x, rows[:, :, None, None], axis=1) for x in inputs.window))
-    near = inputs._replace(window=window, window_start=jnp.asarray(start, jnp.int32))
-    np.testing.assert_allclose(decode(CASE, near), decode(CASE, inputs), rtol=1e-6, atol=1e-6)
-
-
-def test_decode_step_takes_one_query():
-    case = CASES["plain"]
-    message = r"decode_step reads one query a sequence, but the query's shape is \(2, 70, 4, 16\)"
     with pytest.raises(ValueError, match=message):
-        decode(case, make_inputs(case))
+        decode(CASE, inputs if query is None else inputs._replace(query=query), **changed)
 
 
 # Chunks of queries.
