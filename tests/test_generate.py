@@ -119,7 +119,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_their_logits():
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities, jnp.float32)), (20_000, 4))
 
     def shares(sampling: Sampling) -> np.ndarray:
-        return np.bincount(sample(logits, jax.random.key(0), sampling), minlength=4) / len(logits)
+        return np.bincount(sample(logits, jax.random.split(jax.random.key(0), len(logits)), sampling), minlength=4) / len(logits)
 
     # Four standard deviations of the least precise of them are 0.014.
     np.testing.assert_allclose(shares(Sampling(1.0)), probabilities, atol=0.014)
