@@ -174,25 +174,39 @@ def generate(
     print(made.speed, file=sys.stderr)
 
 
-def inspect(run: Path, text: Path | None = None, step: int | None = None, output: Path | None = None) -> None:
-    """Draw which blocks each layer of a trained run selects, and its gates, on one context of text.
+def inspect(
+    run: Path,
+    text: Path | None = None,
+    length: int | None = None,
+    beyond_context: bool = False,
+    step: int | None = None,
+    output: Path | None = None,
+) -> None:
+    """Show what a trained run's attention reads in the beginning of a text.
+
+    Draws the blocks that each layer and head selects, its gates, how much neighbours' choices overlap, and how much of
+    full attention's mass the selected blocks hold. Writes inspect.html, a page with all of it that opens offline,
+    inspect.json, the numbers, and the figures.
 
     Args:
         run: Run folder of a model with attention nsa.
-        text: File with the text; the beginning of the run's validation text if not given.
+        text: File with the text; the run's validation text if not given.
+        length: Tokens to read; the run's context, or as many as there are, if not given.
+        beyond_context: Allow a length above the context that the run was trained with.
         step: Checkpoint to read; the last one if not given.
-        output: Folder for the figures; the run folder if not given.
+        output: Folder for the results; RUN/inspect if not given.
     """
     from train.data import load_documents
-    from train.inspection import draw_choices
+    from train.inspection import inspect_text
     from train.runs import load_own_corpus, open_run
 
     opened = open_run(run, step=step)
-    if text is None:
-        document = load_own_corpus(opened).validation[0]
-    else:
-        document = load_documents(str(text))[0]
-    print("written: " + ", ".join(map(str, draw_choices(opened, document.text, output or run))))
+    document = load_own_corpus(opened).validation[0] if text is None else load_documents(str(text))[0]
+    source = str(text) if text else f"{opened.config.data.text} (validation: {document.name})"
+    written = inspect_text(
+        opened, document.text, output or run / "inspect", source=source, length=length, beyond_context=beyond_context
+    )
+    print("written: " + ", ".join(map(str, written)))
 
 
 def _cli(function: Callable[..., None], name: str) -> Callable[[Sequence[str]], None]:
@@ -203,7 +217,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "run": ("train a language model: run PRESET", run_command),
     "eval loss": ("loss of trained runs on held-out text, overall and by position", _cli(eval_loss, "eval loss")),
     "generate": ("continue prompts with a trained run", _cli(generate, "generate")),
-    "inspect": ("draw which blocks a trained run selects, and its gates", _cli(inspect, "inspect")),
+    "inspect": ("show what a trained run reads: selected blocks, gates, overlap, coverage", _cli(inspect, "inspect")),
 }
 
 
