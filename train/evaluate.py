@@ -57,18 +57,13 @@ class LossMeter:
         total = sum(np.asarray(self._by_position(params, batch), np.float64) for batch in batches)
         losses, weights = np.asarray(total)
         mean = float(losses.sum() / weights.sum())
-        buckets = [
-            Bucket(start, end, float(losses[start:end].sum() / weights[start:end].sum()))
-            for start, end in log_spaced(len(losses))
-            if weights[start:end].sum()
-        ]
+        buckets, start = [], 0
+        while start < len(losses):
+            end = min(max(1, 2 * start), len(losses))
+            if weights[start:end].sum():
+                buckets.append(Bucket(start, end, float(losses[start:end].sum() / weights[start:end].sum())))
+            start = end
         return Loss(mean, bits_per_byte(mean, bytes_per_token), int(weights.sum()), tuple(buckets))
-
-
-def log_spaced(length: int) -> list[tuple[int, int]]:
-    """Starts and ends of buckets of positions: 0, 1, 2-3, 4-7, ... up to `length`."""
-    starts = [0, *(2**i for i in range((length - 1).bit_length()))]
-    return list(zip(starts, [*starts[1:], length], strict=True))
 
 
 def evaluate_loss(run: Run, *, split: Split = "validation", text: str | None = None) -> Loss:

@@ -7,6 +7,7 @@ own; what of it lies in the query's blocks is covered.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +23,11 @@ from nsa_jax.config import NSAConfig
 from nsa_jax.module import NativeSparseAttention
 from nsa_jax.overlap import UNIONS, mean_unions
 from train import page, plots
-from train.evaluate import log_spaced
 from train.model import Network, Params
 from train.runs import Run
 
+# Equal parts of the text in which coverage is reported.
+NUM_PARTS = 32
 # Scores held at once while the mass of full attention is measured.
 CHUNK_SCORES = 2**22
 
@@ -148,7 +150,8 @@ def share_read(blocks: Int32[np.ndarray, "L T K A"], select_block: int) -> Float
 def numbers(choices: Choices, mass: Mass, config: NSAConfig) -> dict[str, Any]:
     """All that `inspect` reports, as JSON has it; what the text is too short for is None.
 
-    `covered` and `best` are means over the queries that had to choose: those with more candidate blocks than `num_selected`.
+    `mean_blocks` is what a query reads, less than `num_selected` for the first ones. `covered`, `best` and `share_read` are
+    means over the queries that had to choose: those with more candidate blocks than `num_selected`.
     """
     blocks = np.asarray(choices.blocks)
     length = blocks.shape[1]
@@ -161,9 +164,11 @@ def numbers(choices: Choices, mass: Mass, config: NSAConfig) -> dict[str, Any]:
     def mean(x: np.ndarray, queries: Bool[np.ndarray, "T"]) -> Any:
         return x[..., queries].mean(axis=-1).tolist() if queries.any() else None
 
-    def buckets(x: np.ndarray) -> list[float | None]:
-        at = np.arange(length)
-        return [mean(x, (at >= start) & (at < end)) for start, end in log_spaced(length)]
+    edges = np.linspace(0, length, min(NUM_PARTS, length) + 1).astype(int).tolist()
+    parts = list(itertools.pairwise(edges))
+
+    def by_position(x: Float[np.ndarray, "T"]) -> list[float]:
+        return [float(x[start:end].mean()) for start, end in parts]
 
     layers = []
     for layer in range(len(blocks)):
@@ -181,8 +186,8 @@ def numbers(choices: Choices, mass: Mass, config: NSAConfig) -> dict[str, Any]:
                 mean_union={str(count): unions.get(count) for count in UNIONS},
                 covered=mean(selected[layer], chooses),
                 best=mean(best[layer], chooses),
-                covered_by_position=buckets(selected[layer].mean(axis=0)),
-                best_by_position=buckets(best[layer].mean(axis=0)),
+                covered_by_position=by_position(selected[layer].mean(axis=0)),
+                best_by_position=by_position(best[layer].mean(axis=0)),
             )
         )
     return dict(
@@ -190,8 +195,9 @@ def numbers(choices: Choices, mass: Mass, config: NSAConfig) -> dict[str, Any]:
         queries_that_choose=int(chooses.sum()),
         first_that_chooses=config.num_selected * config.select_block,
         share_read=mean(read, chooses),
-        positions=[dict(start=start, end=end) for start, end in log_spaced(length)],
-        share_read_by_position=buckets(read),
+        mean_blocks=float((blocks >= 0).sum(axis=-1).mean()),
+        positions=[dict(start=start, end=end) for start, end in parts],
+        share_read_by_position=by_position(read),
         layers=layers,
     )
 
@@ -265,7 +271,7 @@ def inspect_text(
         if count <= len(tokens)
     }
     if unions:
-        figures.append(plots.unions(unions, folder / "unions.png", num_selected=config.num_selected))
+        figures.append(plots.unions(unions, folder / "unions.png", mean_blocks=found["mean_blocks"]))
     figures.append(
         plots.coverage(
             np.asarray([layer["covered"] for layer in found["layers"]]) if found["queries_that_choose"] else None,

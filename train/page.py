@@ -47,13 +47,14 @@ CAPTIONS = {
     "unions": (
         "Overlap of neighbours' choices",
         "Different blocks that 2, 4, 8 or 16 adjacent queries of a key/value head read together. The fewer they are, the "
-        "faster the selected kernel, which reads a block once for several queries. The dashed line: all choose alike.",
+        "faster the selected kernel, which reads a block once for several queries. The dashed line is what one query reads, "
+        "and what all would if they chose alike.",
     ),
     "coverage": (
         "Full attention's mass in the selected blocks",
         "The softmax of the selected branch's queries over all its keys up to the query: how much of it lies in the blocks "
-        "that the query reads. Beside it, how much the same number of the best blocks would hold, and the share of the "
-        "tokens that the blocks are: what a choice at random would cover.",
+        "that the query reads. Dashed, how much the same number of the best blocks would hold; dotted, the share of the tokens "
+        "that the blocks are, which a choice at random would cover. Thin lines are the layers, dark to light.",
     ),
 }
 

@@ -298,16 +298,16 @@ def head_choices(
     return _save(figure, path)
 
 
-def unions(unions: Mapping[int, ArrayLike], path: str | Path, *, num_selected: int) -> Path:
+def unions(unions: Mapping[int, ArrayLike], path: str | Path, *, mean_blocks: float) -> Path:
     """Draw how many different blocks adjacent queries read together, over the depth of the model.
 
-    A line is the mean of the layer's key/value heads, and each head is a dot beside it. The dashed line is what queries that
-    choose alike read, however many they are.
+    A line is the mean of the layer's key/value heads, and each head is a dot beside it. The dashed line is what one
+    query reads: so would any number of them that choose alike.
 
     Args:
         unions: number of adjacent queries -> float `[L, K]`, their mean union.
         path: the file to write.
-        num_selected: blocks that one query reads.
+        mean_blocks: blocks that one query reads, in the mean.
 
     Returns:
         `path`.
@@ -320,9 +320,9 @@ def unions(unions: Mapping[int, ArrayLike], path: str | Path, *, num_selected: i
     figure = _new_figure(7.2, 3.8)
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    axes = _new_axes(figure, x="layer", y="different blocks read (log scale)")
+    axes = _new_axes(figure, x="layer", y="different blocks read together (log scale)")
     axes.set_yscale("log", base=2)
-    highest, num_layers = float(num_selected), 1
+    highest, num_layers = mean_blocks, 1
     for row, ((count, each), (colour, marker)) in enumerate(zip(unions.items(), _run_styles(), strict=False)):
         values = np.asarray(each, np.float64)
         if values.ndim != 2 or 0 in values.shape:
@@ -332,16 +332,15 @@ def unions(unions: Mapping[int, ArrayLike], path: str | Path, *, num_selected: i
         if num_heads > 1:
             beside = np.repeat(depth + 0.008 * num_layers * (row - (len(unions) - 1) / 2), num_heads)
             axes.scatter(beside, values.ravel(), s=9, color=colour, alpha=0.5, linewidths=0)
-        label = f"{count} adjacent queries"
-        axes.plot(depth, values.mean(axis=1), color=colour, marker=marker, **LINE, label=label)
-    axes.axhline(num_selected, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"one query ({num_selected})")
-    axes.set(xlim=(-0.4, num_layers - 0.6), ylim=(num_selected / 1.3, highest * 1.15))
+        axes.plot(depth, values.mean(axis=1), color=colour, marker=marker, **LINE, label=f"{count} queries")
+    axes.axhline(mean_blocks, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"one ({mean_blocks:.1f})")
+    axes.set(xlim=(-0.4, num_layers - 0.6), ylim=(mean_blocks / 1.15, highest * 1.15))
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     # Few powers of two may lie in the range: also those between them.
-    axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
+    axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.25, 1.5, 1.75)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
-    _add_legend(axes)
+    _add_legend(axes, columns=len(unions) + 1)
     return _save(figure, path)
 
 
@@ -359,9 +358,9 @@ def coverage(
     Args:
         covered: float `[L, N]` in [0, 1]: the mean over the queries that had to choose; None: there is none, and no map.
         path: the file to write.
-        positions: starts and ends of P buckets of query positions, as in `loss_by_position`.
+        positions: starts and ends of P parts of the text: a part is drawn at its middle.
         covered_by_position: float `[L, P]`: each layer's share.
-        best_by_position: float `[P]`: the share of the best blocks, as many.
+        best_by_position: float `[P]`: the share of the best blocks, as many, in the mean over the layers.
         share_read: float `[P]`: the share of the tokens that the blocks hold.
 
     Returns:
@@ -386,7 +385,7 @@ def coverage(
 
     figure = _new_figure(9.6, 4.2)
     from matplotlib import colormaps
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, MultipleLocator
 
     # Dark to light for every colour vision, and in greyscale.
     colours = colormaps["cividis"]
@@ -414,20 +413,24 @@ def coverage(
         bar.ax.spines[:].set_visible(False)
 
     axes = panels[1]
-    middles = [sqrt((start + 1) * end) for start, end in positions]
+    middles = [(start + end) / 2 for start, end in positions]
     for layer, values in enumerate(layers):
         # Not the lightest, which paper would swallow.
         colour = colours(0.88 * layer / max(1, num_layers - 1))
         label = f"layer {layer}" if layer in (0, num_layers - 1) else None
-        axes.plot(middles, values, color=colour, linewidth=1.4, label=label)
-    axes.plot(middles, best, color=INK, linewidth=1.4, linestyle=(0, (4, 2)), label="best blocks, mean of layers")
-    axes.plot(middles, read, color=DENSE, linewidth=1.4, linestyle=(0, (1, 1.5)), label="share of the tokens")
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(-0.02, 1.04)
+        axes.plot(middles, values, color=colour, linewidth=0.9, label=label)
+    # What is to be compared is in ink: the means of the layers, and the tokens' share.
+    for values, name, style in (
+        (layers.mean(axis=0), "mean of the layers", "-"),
+        (best, "the best blocks would hold", (0, (3, 1.5))),
+        (read, "share of the tokens", (0, (1, 1.2))),
+    ):
+        axes.plot(middles, values, color=INK, linewidth=1.8, linestyle=style, label=name)
+    axes.set(xlim=(0, positions[-1][1]), ylim=(-0.02, 1.04))
+    axes.xaxis.set_major_locator(MultipleLocator(2 ** max(0, (positions[-1][1] // 4).bit_length() - 1)))
     axes.xaxis.set_major_formatter(_format_tokens)
-    axes.xaxis.set_tick_params(which="minor", length=0)
     axes.yaxis.set_major_formatter(_format_share)
-    axes.set_xlabel("position of the query (tokens, log scale)", fontsize=10, color=INK)
+    axes.set_xlabel("position of the query (tokens)", fontsize=10, color=INK)
     _style_axes(axes)
     axes.legend(loc="lower left", frameon=False, fontsize=8.5, labelcolor=INK)
     title = "Full attention's mass that lies in the selected blocks"
