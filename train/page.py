@@ -12,6 +12,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #333; background: #fff;
 h1 { font-size: 1.7rem } h2 { font-size: 1.25rem; margin-top: 2.5rem }
 figure { margin: 1rem 0 } img { max-width: 100%; height: auto } figcaption { color: #555; font-size: .92rem }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+tbody th { font-weight: normal }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 thead th { vertical-align: bottom; border-bottom: 2px solid #999 }
 nav button { font: inherit; margin: 0 .3rem .3rem 0; padding: .1rem .7rem; border: 1px solid #999; border-radius: 4px }
@@ -34,6 +35,8 @@ figures.forEach((figure, layer) => {
 });
 if (figures.length > 1) { document.getElementById("layers").prepend(nav); show(0); }
 """
+
+COVERED = ("mass<br>covered", "lowest<br>head", "highest<br>head", "best<br>blocks")
 
 CAPTIONS = {
     "selected_blocks": (
@@ -73,18 +76,20 @@ def write_inspection(
         chooses = (
             f"{found['queries_that_choose']} of the {found['tokens']} queries, from position {found['first_that_chooses']} "
             f"on, have more blocks before them than they read, and so have to choose. They read "
-            f"{_share(found['share_read'])} of the tokens before them."
+            f"{_share(found['share_read'])} of the tokens up to them."
         )
     else:
         chooses = (
             f"No query has to choose: the text has {found['tokens']} tokens, and up to position "
             f"{found['first_that_chooses']} a query reads all of its blocks."
         )
+    title = f"What the attention of {html.escape(Path(found['run']).name)} reads"
     beyond = " (more than the context that it was trained with)" if found["tokens"] > found["context"] else ""
     parts = [
-        f"<h1>What {html.escape(found['run'])} reads</h1>",
-        f"<p>The first {found['tokens']} tokens{beyond} of {html.escape(found['text'])}, read by the model of step "
-        f"{found['step']}, which was trained with a context of {found['context']}: {sizes}. {chooses}</p>",
+        f"<h1>{title}</h1>",
+        f"<p>The first {found['tokens']} tokens{beyond} of {html.escape(found['text'])}, read by the model in "
+        f"<code>{html.escape(found['run'])}</code> at step {found['step']}, which was trained with a context of "
+        f"{found['context']}: {sizes}. {chooses}</p>",
         "<h2>Numbers</h2>",
         _table(_layer_rows(layers)),
         "<p>Gates and coverage are means over the heads, overlap over the key/value heads; coverage is that of the queries "
@@ -104,7 +109,6 @@ def write_inspection(
                 *(_figure(each, f"Selected blocks of layer {layer}") for layer, each in enumerate(layer_figures)),
                 "</div>",
             ]
-    title = html.escape(f"What {found['run']} reads")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     body = "\n".join(parts)
     path.write_text(
@@ -118,7 +122,7 @@ def write_inspection(
 def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     gates, counts = [*layers[0]["gates"]], [*layers[0]["mean_union"]]
     rows = [["layer", *(f"gate,<br>{name}" for name in gates), *(f"blocks of<br>{count} queries" for count in counts)]]
-    rows[0] += ["mass<br>covered", "lowest<br>head", "highest<br>head", "best<br>blocks"]
+    rows[0] += [*COVERED]
     for layer in layers:
         covered, best = layer["covered"], layer["best"]
         rows.append(
@@ -135,7 +139,7 @@ def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _head_rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     counts = [*layers[0]["mean_union"]]
     rows = [["layer", "K/V head", *(f"blocks of<br>{count} queries" for count in counts)]]
-    rows[0] += ["mass covered,<br>its query heads", "best<br>blocks"]
+    rows[0] += [*COVERED]
     num_heads = len(layers[0]["gates"]["selected"])
     kv_heads = layers[0]["num_kv_heads"]
     group = num_heads // kv_heads
@@ -143,13 +147,13 @@ def _head_rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         for head in range(kv_heads):
             mine = slice(head * group, (head + 1) * group)
             unions = [layer["mean_union"][count] for count in counts]
-            covered = layer["covered"] and " ".join(_share(each) for each in layer["covered"][mine])
+            covered = layer["covered"] and layer["covered"][mine]
             rows.append(
                 [
                     str(layer["layer"]),
                     str(head),
                     *(_number(each and each[head : head + 1]) for each in unions),
-                    covered or "–",
+                    *(_share(each) for each in (covered, covered and min(covered), covered and max(covered))),
                     _share(layer["best"] and layer["best"][mine]),
                 ]
             )
@@ -158,7 +162,10 @@ def _head_rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
-    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
+    lines = [
+        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
+        for name, *row in body
+    ]
     names = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     return f"<table><thead><tr>{names}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
 
@@ -166,7 +173,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _figure(path: Path, title: str, caption: str = "") -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{image}{below}</figure>"
 
 
 def _mean(values: Sequence[float]) -> float:

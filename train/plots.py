@@ -253,7 +253,7 @@ def head_choices(
     num_blocks = -(-num_queries // select_block)
     choices = _check_blocks(blocks, "TKA", num_blocks)
     num_heads = choices.shape[1]
-    columns = min(num_heads, 4)
+    columns = min(num_heads, 2 if num_heads <= 4 else 4)
     rows, side = -(-num_heads // columns), 3.4
     width = max(0.7 + side * columns, 6.0)
     figure = _new_figure(width, 0.95 + side * rows)
