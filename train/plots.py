@@ -249,6 +249,8 @@ def head_choices(
     Raises:
         ValueError: a wrong shape or dtype, or a block that does not exist.
     """
+    if select_block < 1:
+        raise ValueError(f"{select_block=} must be positive")
     num_queries = len(np.asarray(blocks))
     num_blocks = -(-num_queries // select_block)
     choices = _check_blocks(blocks, "TKA", num_blocks)
