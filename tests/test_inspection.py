@@ -36,7 +36,7 @@ def mass_by_block(query: np.ndarray, key: np.ndarray, at: int, head: int, *, gro
     return [float(p[start : start + size].sum()) for start in range(0, at + 1, size)]
 
 
-@pytest.mark.parametrize("chunk_scores", [1, 100, 1 << 22], ids=["a query at a time", "chunks of 2", "at once"])
+@pytest.mark.parametrize("chunk_scores", [1, 130, 1 << 24], ids=["a query at a time", "chunks of 2", "at once"])
 def test_covered_mass_is_that_of_each_querys_softmax(monkeypatch, chunk_scores):
     monkeypatch.setattr(inspection, "CHUNK_SCORES", chunk_scores)
     rng = np.random.default_rng(0)

@@ -29,7 +29,7 @@ from train.runs import Run
 # Equal parts of the text in which coverage is reported.
 NUM_PARTS = 32
 # Scores held at once while the mass of full attention is measured.
-CHUNK_SCORES = 2**22
+CHUNK_SCORES = 2**24
 
 
 class Choices(NamedTuple):
