@@ -247,7 +247,7 @@ def test_coverage(draw):
         "layer 0",
         "layer 1",
         "mean of the layers",
-        "the best blocks would hold",
+        "the best blocks",
         "share of the tokens",
     ]
 

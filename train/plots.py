@@ -385,7 +385,7 @@ def coverage(
         if values is not None and not np.all((values >= 0) & (values <= 1 + 1e-4)):
             raise ValueError(f"{name} must lie in [0, 1], but reaches from {values.min()} to {values.max()}")
 
-    figure = _new_figure(9.6, 4.2)
+    figure = _new_figure(9.6, 4.4)
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator, MultipleLocator
 
@@ -424,7 +424,7 @@ def coverage(
     # What is to be compared is in ink: the means of the layers, and the tokens' share.
     for values, name, style in (
         (layers.mean(axis=0), "mean of the layers", "-"),
-        (best, "the best blocks would hold", (0, (3, 1.5))),
+        (best, "the best blocks", (0, (3, 1.5))),
         (read, "share of the tokens", (0, (1, 1.2))),
     ):
         axes.plot(middles, values, color=INK, linewidth=1.8, linestyle=style, label=name)
@@ -434,7 +434,16 @@ def coverage(
     axes.yaxis.set_major_formatter(_format_share)
     axes.set_xlabel("position of the query (tokens)", fontsize=10, color=INK)
     _style_axes(axes)
-    axes.legend(loc="lower left", frameon=False, fontsize=8.5, labelcolor=INK)
+    # Above the axes, as lines may run anywhere in them.
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1),
+        ncols=3,
+        frameon=False,
+        fontsize=8.5,
+        columnspacing=1.2,
+        labelcolor=INK,
+    )
     title = "Full attention's mass that lies in the selected blocks"
     figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
     return _save(figure, path)
