@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from benchmarks import baselines, kernels, peer
 from benchmarks.checks import check_tail
-from benchmarks.problems import InputKind, Operands, Shape, attend, draw, union_sizes
+from benchmarks.problems import InputKind, Operands, Shape, attend, draw
 from benchmarks.report import PASSES, Entry, ratios
 from benchmarks.timing import (
     attempt,
@@ -25,6 +25,7 @@ from benchmarks.timing import (
     unfailed,
 )
 from nsa_jax import NSAConfig, select_blocks
+from nsa_jax.overlap import union_sizes
 from pallas_kernels.tiles import tiles_for
 
 SEED = 1

@@ -1,4 +1,4 @@
-"""Inputs at the size of real models, drawn on the device, and how alike the choices of neighbouring queries are."""
+"""Inputs at the size of real models, drawn on the device."""
 
 import dataclasses
 import functools
@@ -6,13 +6,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from nsa_jax import KeyValue, NSAConfig, nsa_attention
-from nsa_jax.shapes import Blocks, Gates, Out, Query
+from nsa_jax.shapes import Gates, Out, Query
 
 RUN = 64  # neighbouring queries that have a part in common
-UNIONS = (2, 4, 8, 16)
 
 InputKind = Literal["random", "alike"]
 
@@ -104,28 +103,3 @@ def alike_queries(key: Array, shape: tuple[int, int, int, int], alike: float) ->
     common = jax.random.normal(common_key, (batch, -(-length // RUN), heads, size))
     common = jnp.repeat(common, RUN, axis=1)[:, :length]
     return alike**0.5 * common + (1.0 - alike) ** 0.5 * jax.random.normal(own_key, shape)
-
-
-def mean_union(blocks: Blocks, count: int) -> float:
-    """Mean number of different blocks among the choices of `count` adjacent queries of one key/value head.
-
-    Queries `0 .. count-1` are one group, `count .. 2*count-1` the next; a last group that is not full is left out. Two queries
-    that chose `0 2 5` and `0 3 5` have a union of 4. NaN if T < count.
-    """
-    # One head at a time: sorted copies of all the choices would be several times as large.
-    return float(jnp.mean(jnp.stack([_mean_union(blocks[:, :, head], count) for head in range(blocks.shape[2])])))
-
-
-@functools.partial(jax.jit, static_argnames="count")
-def _mean_union(blocks: Int32[Array, "B T A"], count: int) -> Float[Array, ""]:
-    batch, length, slots = blocks.shape
-    groups = length // count
-    chosen = blocks[:, : groups * count].reshape(batch, groups, count * slots)
-    chosen = jnp.sort(chosen, axis=-1)
-    new = jnp.concatenate([jnp.ones_like(chosen[..., :1], bool), chosen[..., 1:] != chosen[..., :-1]], axis=-1)
-    return jnp.mean(jnp.sum(new & (chosen >= 0), axis=-1).astype(jnp.float32))
-
-
-def union_sizes(blocks: Blocks) -> dict[str, float]:
-    """`mean_union` of 2, 4, 8 and 16 queries, for the record."""
-    return {str(count): mean_union(blocks, count) for count in UNIONS}

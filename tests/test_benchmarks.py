@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ from jax.experimental import io_callback
 
 import pallas_kernels
 from benchmarks import attention, checks, problems, record, report, timing, tune
-from nsa_jax import NSAConfig, ops
+from nsa_jax import NSAConfig, ops, overlap
 from pallas_kernels.tiles import TABLE, Tiles
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -129,18 +128,6 @@ def test_a_failure_is_recorded_in_the_place_of_its_time():
 # ---------------------------------------------------------------------------------------------------------------- inputs
 
 
-def test_union_sizes_by_hand():
-    #             queries 0 and 1: {0 2 5} and {0 3 5}; 2 and 3: {1} and {1 2}; 4 has no neighbour
-    head = [[0, 2, 5], [0, 3, 5], [1, -1, -1], [1, 2, -1], [7, 8, 9]]
-    same = [[0, 1, 2]] * 5
-    blocks = jnp.asarray([head, same], jnp.int32).swapaxes(0, 1)[None]
-    assert problems.mean_union(blocks, 1) == pytest.approx(((3 + 3 + 1 + 2 + 3) / 5 + 3) / 2)
-    assert problems.mean_union(blocks, 2) == pytest.approx(((4 + 2) / 2 + 3) / 2)
-    assert problems.mean_union(blocks, 4) == pytest.approx((5 + 3) / 2)  # 0 1 2 3 5
-    assert math.isnan(problems.mean_union(blocks, 8))
-    assert list(problems.union_sizes(blocks)) == ["2", "4", "8", "16"]
-
-
 def test_alike_queries_share_a_part_within_a_run():
     queries = np.asarray(problems.alike_queries(jax.random.key(0), (1, 200, 8, 64), 0.9)).reshape(200, -1)
 
@@ -160,7 +147,7 @@ def test_alike_inputs_choose_alike_blocks():
         operands, cotangent = problems.draw(0, shape=SHAPE, length=256, config=SMALL, kind=kind)
         assert operands.compressed.key.shape[1] == SMALL.num_compressed(256) and cotangent.shape == (1, 256, 4, 8)
         blocks = ops.select_blocks(operands.query, operands.compressed.key, config=SMALL, num_keys=256)
-        sizes[kind] = problems.mean_union(blocks, 8)
+        sizes[kind] = overlap.mean_union(blocks, 8)
     assert SMALL.num_selected <= sizes["alike"] < sizes["random"]
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests.tiny import make_config, replace_model, write_text
 from train.__main__ import COMMANDS, main
 from train.config import PRESETS
-from train.generate import Sampling, generate
+from train.generate import Continuation, Generated, Sampling, Speed, generate
 from train.loop import default_folder
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -82,6 +82,11 @@ def test_help_says_units_and_defaults(capsys):
         "--max-tokens",
         "--seed INT",
         "--prompt STR",
+        "(repeatable)",
+        "--prompt-file",
+        "--top-p",
+        "--stream",
+        "--json",
         "(required)",
     ):
         assert part in text
@@ -354,7 +359,8 @@ def test_a_damaged_checkpoint_and_the_way_out_that_is_named(call, tiny_run, copi
     assert files(copied) == before and not (tmp_path / "out").exists()
 
     # Both ways work: a flag of all that read, and for `run` moving the folder away.
-    monkeypatch.setattr("train.generate.generate", lambda run, *_, **__: f"from step {run.step}")
+    made = Generated((Continuation("from step 30", 1, "length", 4, 0),), Speed(4, 1.0, 1, 1.0, 1))
+    monkeypatch.setattr("train.generate.generate_batch", lambda run, *_, **__: {30: made}[run.step])
     assert main([str(arg) for arg in (*commands["generate"], "--step", 30)]) == 0
     assert capsys.readouterr().out == "the from step 30\n"
     shutil.move(last, tmp_path / "moved away")
@@ -392,6 +398,11 @@ def test_generate_refuses_what_does_not_fit(call, tiny_run):
         (["--prompt", "the ", "--max-tokens", 0], "max_tokens=0 must lie between 1 and 28"),
         (["--prompt", "the ", "--temperature", -0.1], "temperature=-0.1 must be at least 0"),
         (["--prompt", "the ", "--top-k", 0], "top_k=0 must be at least 1"),
+        (["--prompt", "the ", "--top-p", 1.5], "top_p=1.5 must be above 0 and at most 1"),
+        (["--prompt", "the ", "--stop", "ab"], "stop='ab' must be one token of the run's tokenizer"),
+        ([], 'there is no prompt: give --prompt "TEXT"'),
+        (["--prompt-file", "missing.txt"], "missing.txt"),
+        (["--prompt", "the ", "--prompt", "x" * 40], "prompt 2 of 2 has 40 tokens"),
     ):
         code, message = call("generate", "--run", tiny_run.folder, *flags)
         assert code == 2
@@ -419,7 +430,37 @@ def test_generate_prints_the_prompt_and_what_comes_after(tiny_run, capsys):
     flags = ["--prompt", "the quick ", "--temperature", "0.7", "--seed", "3"]
     assert main(["generate", "--run", str(tiny_run.folder), *flags]) == 0
     expected = generate(tiny_run.run, "the quick ", sampling=Sampling(0.7), max_tokens=None, seed=3)
-    assert capsys.readouterr().out == f"the quick {expected}\n"
+    output = capsys.readouterr()
+    assert output.out == f"the quick {expected}\n"
+    assert re.fullmatch(
+        r"prefill: 10 tokens in [\d.]+ s, [\d.]+ tokens/s; decode: 22 tokens in [\d.]+ s, [\d.]+ tokens/s, [\d.]+ ms a step\n",
+        output.err,
+    )
+
+
+def test_generate_prints_a_batch_whole_streamed_and_as_json(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.runs.open_run", lambda *_, **__: tiny_run.run)  # so that its programs compile once
+    (tmp_path / "more.txt").write_text("fox\n")
+    flags = ["--prompt", "the quick ", "--prompt-file", str(tmp_path / "more.txt"), "--seed", "3", "--top-p", "0.9"]
+
+    def printed(*more: str) -> str:
+        assert main(["generate", "--run", str(tiny_run.folder), *flags, *more]) == 0
+        return capsys.readouterr().out
+
+    whole = printed()
+    assert whole.startswith("--- 1 of 2\nthe quick ") and "\n--- 2 of 2\nfox" in whole
+    assert printed("--stream") == whole
+    result = json.loads(printed("--json"))
+    assert whole == "".join(
+        f"--- {row} of 2\n{each['prompt']}{each['text']}\n" for row, each in enumerate(result["continuations"], start=1)
+    )
+    assert result["step"] == 40 and result["sampling"] == {"temperature": 0.8, "top_k": None, "top_p": 0.9}
+    assert [each["seed"] for each in result["continuations"]] == [3, 4]
+    assert result["speed"]["prefill_tokens"] == 13
+    *pieces, last = map(json.loads, printed("--json", "--stream").splitlines())
+    assert last["continuations"] == result["continuations"]
+    for row, each in enumerate(result["continuations"]):
+        assert "".join(piece["text"] for piece in pieces if piece["prompt"] == row) == each["text"]
 
 
 def test_default_folders(tmp_path):

@@ -1,10 +1,9 @@
-"""The loss on held-out text against NumPy, its buckets, and what `eval loss` and `inspect` write."""
+"""The loss on held-out text against NumPy, its buckets, and what `eval loss` writes."""
 
 import dataclasses
 import itertools
 import json
 import math
-import shutil
 from pathlib import Path
 
 import jax
@@ -12,13 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa_jax import ops, select_blocks
 from tests.tiny import MODEL, Trained, random_params, replace_model, save_untrained
 from train import evaluate, plots
 from train.__main__ import main
 from train.data import Batch, evaluation_batches, load_corpus, tokenize
 from train.evaluate import LossMeter, evaluate_loss
-from train.inspection import look
 from train.model import LanguageModel, Network
 from train.runs import Run, open_run
 from train.tokenizer import make_tokenizer
@@ -179,58 +176,6 @@ def test_eval_loss_of_another_split_text_and_step(tiny_run, full_run, tmp_path, 
             # The measurement on the way read eval_batches of 2 batches, of a validation text of little more.
             assert result["loss"] == pytest.approx(row["validation_loss"], abs=0.1)
             assert "step 20" in capsys.readouterr().out
-
-
-def test_inspect_draws_what_the_layers_choose(tiny_run, tmp_path, capsys):
-    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
-    for path in folder.glob("*.png"):
-        path.unlink()
-    assert main(["inspect", "--run", str(folder)]) == 0
-    for name in ("selected_blocks.png", "gates.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
-        assert str(folder / name) in capsys.readouterr().out or name == "gates.png"
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over a lazy dog")
-    assert main(["inspect", "--run", str(folder), "--text", str(text), "--output", str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"selected_blocks.png", "gates.png"}
-
-
-def test_inspect_sees_the_choices_and_gates_of_the_model_itself(tiny_run, monkeypatch):
-    """Against what `select_blocks` and the gates' sigmoid give while the whole model runs."""
-    run = tiny_run.run
-    tokens = jnp.asarray(run.tokenizer.encode("the quick brown fox jumps over"), jnp.int32)
-    choices = look(run.network, run.params, tokens)
-    seen = []
-    attend = ops.nsa_attention
-
-    def spy(query, *, compressed, gates, config, **rest):
-        blocks = select_blocks(query, compressed.key, config=config, num_keys=query.shape[1])
-        seen.append((blocks, gates))
-        return attend(query, compressed=compressed, gates=gates, config=config, **rest)
-
-    monkeypatch.setattr(ops, "nsa_attention", spy)
-
-    @jax.jit
-    def run_layers(params):
-        model = run.network.model(params)
-        x = model.embed(tokens[None])
-        for layer in model.unstacked_layers():
-            x = layer(x, None)
-        return seen
-
-    seen = run_layers(run.params)
-    assert len(seen) == choices.blocks.shape[0] == 2
-    for (blocks, gates), chosen, mean in zip(seen, choices.blocks, choices.gates, strict=True):
-        np.testing.assert_array_equal(chosen, blocks[0])
-        np.testing.assert_allclose(mean, gates[0].mean(axis=0), rtol=1e-5)
-
-
-def test_inspect_refuses_a_run_that_selects_nothing(full_run, tmp_path, capsys):
-    assert main(["inspect", "--run", str(full_run), "--output", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == (
-        f"error: {full_run} was trained with attention='full': only 'nsa' selects blocks\n"
-    )
-    assert not (tmp_path / "out").exists()
 
 
 def test_eval_refuses_a_text_that_has_changed(tiny_run: Trained, tmp_path: Path):

@@ -1,6 +1,7 @@
 """Text through the cache: what the uncached model would say, the same from the same seed, from one compiled program."""
 
 import dataclasses
+import re
 import typing
 
 import jax
@@ -10,7 +11,20 @@ import pytest
 
 from tests.tiny import MODEL, random_params
 from train.config import AttentionName
-from train.generate import Sampling, generate, generate_tokens, prompt_tokens, sample
+from train.generate import (
+    Continuation,
+    InOrder,
+    Pieces,
+    Sampling,
+    advance,
+    generate,
+    generate_batch,
+    generate_tokens,
+    prompt_tokens,
+    read_prompts,
+    sample,
+    stop_tokens,
+)
 from train.model import LanguageModel, Network
 from train.tokenizer import ByteTokenizer
 
@@ -60,13 +74,13 @@ def test_one_compiled_program_draws_all_tokens(tiny_run, monkeypatch):
         return with_cache(self, tokens, *args)
 
     monkeypatch.setattr(LanguageModel, "with_cache", counted)
-    programs = generate_tokens._cache_size()
+    programs = advance._cache_size()
     run = tiny_run.run._replace(network=Network(tiny_run.config.model, tiny_run.run.tokenizer.vocab_size))
     texts = [
         generate(run, prompt, sampling=GREEDY, max_tokens=20, seed=seed)
         for prompt, seed in (("the ", 0), ("the ", 1), ("fox ", 0))
     ]
-    assert generate_tokens._cache_size() == programs + 1
+    assert advance._cache_size() == programs + 1
     # The prompt at once, and the loop's body (which JAX may trace twice) with one token.
     assert traced[0] == (1, 4)
     assert set(traced[1:]) == {(1, 1)} and len(traced) <= 3
@@ -91,18 +105,187 @@ def test_a_stop_token_ends_a_row(window):
 def test_generate_stops_where_the_model_ends_the_document(tiny_run, monkeypatch):
     calls = []
 
-    def draw(network, params, prompt, key, **options):
-        calls.append((prompt.tolist(), options))
-        return jnp.asarray([[104, 105, -1, -1]], jnp.int32)
+    def draw(network, params, *, state, limits, until, sampling, stop, **_):
+        if until:
+            calls.append((limits.tolist(), until, state.tokens.shape, sampling, stop))
+            tokens = state.tokens.at[0, :2].set(jnp.asarray([104, 105]))
+            return state._replace(tokens=tokens, drawn=jnp.int32(3), done=jnp.asarray([True]))
+        return state
 
-    monkeypatch.setattr("train.generate.generate_tokens", draw)
+    monkeypatch.setattr("train.generate.advance", draw)
     sampling = Sampling(0.5, top_k=3)
-    assert generate(tiny_run.run, "né", sampling=sampling, max_tokens=None, seed=0) == "hi"
+    made = generate_batch(tiny_run.run, ["né"], sampling=sampling, seed=7)
+    assert made.continuations == (Continuation("hi", tokens=2, finish="stop", prompt_tokens=3, seed=7),)
     # All that is left of the context of 32, up to 200.
-    assert calls == [([[110, 195, 169]], dict(max_tokens=29, sampling=sampling, stop=ByteTokenizer.end_of_document))]
+    assert calls == [([29], 29, (1, 29), sampling, (ByteTokenizer.end_of_document,))]
     run = tiny_run.run._replace(config=dataclasses.replace(tiny_run.config, context=1000))
-    generate(run, "né", sampling=sampling, max_tokens=None, seed=0)
-    assert calls[1][1]["max_tokens"] == 200
+    assert generate(run, "né", sampling=sampling, max_tokens=None, seed=0) == "hi"
+    assert calls[1][:3] == ([200], 200, (1, 200))
+
+
+@pytest.fixture(scope="module")
+def one_layer(tiny_run):
+    """The tiny run without its second layer, which compiles in half the time and still writes letters."""
+    network = Network(dataclasses.replace(tiny_run.config.model, num_layers=1), tiny_run.run.tokenizer.vocab_size)
+    params = tiny_run.run.params | dict(layers=jax.tree.map(lambda x: x[:1], tiny_run.run.params["layers"]))
+    return tiny_run.run._replace(network=network, params=params)
+
+
+# Of unlike lengths, one below a compressed token's and one that is read in three chunks; the context is 32.
+TEXTS = ["the quick brown fox", "ov", "jumps over a"]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, top_k=20, top_p=0.95)], ids=["greedy", "drawn"])
+def test_each_prompt_of_a_batch_gets_what_it_gets_alone(one_layer, sampling):
+    options = dict(sampling=sampling, max_tokens=12, stop="o", prefill_chunk=7)
+    batch = generate_batch(one_layer, TEXTS, seed=5, **options).continuations
+    for row in (0, 1, 2) if sampling == GREEDY else (2,):
+        # In one chunk: neither the others' lengths nor the chunks matter.
+        alone = generate_batch(one_layer, TEXTS[row : row + 1], seed=5 + row, **options | dict(prefill_chunk=99))
+        assert alone.continuations == (batch[row],)
+        assert batch[row].prompt_tokens == len(TEXTS[row]) and batch[row].seed == 5 + row
+    again = generate_batch(one_layer, TEXTS[:1] * 3, seed=5, **options).continuations
+    assert again[0] == batch[0]
+    assert len({each.text for each in again}) == (1 if sampling == GREEDY else 3)
+
+
+def test_chunks_of_unequal_prompts_are_read_as_the_uncached_model_reads_them():
+    network = Network(dataclasses.replace(MODEL, num_layers=1), VOCAB)
+    params = random_params(network)
+    prompts = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (3, 11)), jnp.int32)
+    lengths = [11, 3, 8]
+    drawn = generate_tokens(
+        network,
+        params,
+        prompts,
+        jax.random.key(0),
+        max_tokens=6,
+        sampling=GREEDY,
+        lengths=jnp.asarray(lengths, jnp.int32),
+        prefill_chunk=4,
+    )
+    uncached = jax.jit(lambda tokens: network.model(params)(tokens))
+    for prompt, length, row in zip(prompts, lengths, drawn, strict=True):
+        text = jnp.zeros((1, 17), jnp.int32).at[0, :length].set(prompt[:length]).at[0, length : length + 6].set(row)
+        np.testing.assert_array_equal(row, uncached(text)[0, length - 1 : length + 5].argmax(axis=-1))
+
+
+def test_a_stop_text_ends_a_continuation(one_layer):
+    """And each prompt's own number of tokens does."""
+    with jax.debug_nans(True):  # a row that is done reads no more, and does not overflow its cache
+        free = generate_batch(one_layer, TEXTS, sampling=GREEDY).continuations
+    assert [each.finish for each in free] == ["length"] * 3
+    assert [each.tokens for each in free] == [32 - len(text) for text in TEXTS]
+    ended = generate_batch(one_layer, TEXTS, sampling=GREEDY, stop=" ").continuations
+    for before, after in zip(free, ended, strict=True):
+        assert after.text == before.text.split(" ")[0]
+        assert after.finish == ("stop" if " " in before.text else "length")
+    assert "stop" in [each.finish for each in ended]
+    for stop, tokens in (("ab", "2: [97, 98]"), ("é", "2: [195, 169]"), ("", "0: []")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"stop={stop!r} must be one token of the run's tokenizer, but")
+        ) as e:
+            generate_batch(one_layer, TEXTS, sampling=GREEDY, stop=stop)
+        assert tokens in str(e.value)
+    assert stop_tokens(ByteTokenizer(), "a") == (256, 97)
+    assert stop_tokens(ByteTokenizer(), None) == (256,)
+
+
+def test_streamed_text_is_the_text(one_layer):
+    pieces = []
+    programs = advance._cache_size()
+    options = dict(sampling=Sampling(0.9), seed=3, stop=" ")
+    streamed = generate_batch(one_layer, TEXTS, on_text=lambda *piece: pieces.append(piece), **options)
+    whole = generate_batch(one_layer, TEXTS, **options)
+    assert advance._cache_size() == programs + 1  # the same loop for both
+    assert streamed.continuations == whole.continuations
+    assert (streamed.speed.decode_tokens, streamed.speed.prefill_tokens) == (whole.speed.decode_tokens, 33)
+    for row, each in enumerate(whole.continuations):
+        ended = [ended for number, _, ended in pieces if number == row]
+        assert "".join(text for number, text, _ in pieces if number == row) == each.text
+        assert ended == [False] * (len(ended) - 1) + [True]
+    assert min(whole.speed.prefill_seconds, whole.speed.decode_seconds) > 0
+    assert whole.speed.decode_steps > max(each.tokens for each in whole.continuations) - 1
+
+
+def test_pieces_of_text_end_between_characters():
+    data = "né — \U0001d11e!".encode() + b"\xe2\x82"  # the last character lacks a byte
+    for size in (1, 2, 3):
+        pieces = Pieces(ByteTokenizer())
+        cuts = range(0, len(data), size)
+        texts = [pieces.add(list(data[cut : cut + size]), last=cut == cuts[-1]) for cut in cuts]
+        assert "".join(texts) == pieces.text == "né — \U0001d11e!\ufffd"
+        assert not any("\ufffd" in text for text in texts[:-1])
+    # What is no character stays in its place once more has come.
+    pieces = Pieces(ByteTokenizer())
+    assert [pieces.add(list(part), last=False) for part in (b"a\xff", b"b", b"\xe2\x82", b"\xac")] == [
+        "a", "\ufffdb", "", "\N{EURO SIGN}",
+    ]  # fmt: skip
+
+
+def test_streamed_texts_are_shown_one_after_the_other():
+    written = []
+    show = InOrder(["A", "B", "C"], written.append)
+    for row, text, ended in [(1, "b1", False), (0, "a1", False), (2, "c", True), (1, "b2", True), (0, "a2", True)]:
+        show(row, text, ended)
+        if (row, text) == (0, "a1"):
+            assert "".join(written) == "--- 1 of 3\nAa1"
+    assert "".join(written) == "--- 1 of 3\nAa1a2\n--- 2 of 3\nBb1b2\n--- 3 of 3\nCc\n"
+
+
+def kept(probabilities: list[float], **sampling) -> set[int]:
+    """The tokens that are drawn at all, of 400 draws."""
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities, jnp.float32)), (400, len(probabilities)))
+    return set(np.asarray(sample(logits, jax.random.split(jax.random.key(1), 400), Sampling(1.0, **sampling))).tolist())
+
+
+def test_top_p_keeps_the_fewest_most_likely_tokens_that_suffice():
+    mixed = [0.1, 0.5, 0.15, 0.25]
+    assert kept(mixed, top_p=0.01) == {1}
+    assert kept(mixed, top_p=0.49) == {1}
+    assert kept(mixed, top_p=0.51) == {1, 3}
+    assert kept(mixed, top_p=0.74) == {1, 3}
+    assert kept(mixed, top_p=0.76) == {1, 2, 3}
+    assert kept(mixed, top_p=0.91) == kept(mixed, top_p=1.0) == {0, 1, 2, 3}
+    # Ties, exact in float32: the lower ids first, and "at least" p, not more than it.
+    even = [0.25] * 4
+    assert kept(even, top_p=0.25) == {0}
+    assert kept(even, top_p=0.5) == {0, 1}
+    assert kept(even, top_p=0.51) == {0, 1, 2}
+    assert kept(even, top_p=0.75) == {0, 1, 2}
+    # After top_k: of 0.5 and 0.25, the first has two thirds; after the temperature: 0.5 ** 2 of 0.345 is 0.72.
+    assert kept(mixed, top_k=2, top_p=0.66) == {1}
+    assert kept(mixed, top_k=2, top_p=0.67) == {1, 3}
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(mixed, jnp.float32)), (400, 4))
+    drawn = sample(logits, jax.random.split(jax.random.key(1), 400), Sampling(0.5, top_p=0.7))
+    assert set(np.asarray(drawn).tolist()) == {1}
+
+
+def test_top_p_cuts_each_row_by_its_own_probabilities():
+    rows = jnp.log(jnp.asarray([[0.9, 0.05, 0.05], [0.1, 0.3, 0.6]], jnp.float32))
+    keys = jax.random.split(jax.random.key(0), (300, 2))
+    drawn = np.asarray(jax.vmap(lambda keys: sample(rows, keys, Sampling(1.0, top_p=0.8)))(keys))
+    assert set(drawn[:, 0].tolist()) == {0} and set(drawn[:, 1].tolist()) == {1, 2}
+    # With the probabilities of what is left.
+    np.testing.assert_allclose((drawn[:, 1] == 2).mean(), 2 / 3, atol=0.12)
+
+
+def test_prompts_are_read_from_files(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("She had been \r\n\n  né\n")
+    assert read_prompts(path) == ["She had been ", "  né"]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"two\\nlines"\n""\n')
+    assert read_prompts(path) == ["two\nlines", ""]
+    for name, content, problem in (
+        ("a.jsonl", b'"a"\nb\n', "line 2 of .*a.jsonl is not JSON"),
+        ("b.jsonl", b'{"text": "a"}', "line 1 of .*b.jsonl is JSON, but no string"),
+        ("c.txt", b" \n\n", "c.txt has no prompt: write one in each line"),
+        ("d.txt", b"\xff", "d.txt is not UTF-8 text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=problem):
+            read_prompts(tmp_path / name)
 
 
 def test_no_token_beyond_the_vocabulary_is_drawn(window):
@@ -119,7 +302,9 @@ def test_tokens_are_drawn_with_the_probabilities_of_their_logits():
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities, jnp.float32)), (20_000, 4))
 
     def shares(sampling: Sampling) -> np.ndarray:
-        return np.bincount(sample(logits, jax.random.key(0), sampling), minlength=4) / len(logits)
+        return np.bincount(
+            sample(logits, jax.random.split(jax.random.key(0), len(logits)), sampling), minlength=4
+        ) / len(logits)
 
     # Four standard deviations of the least precise of them are 0.014.
     np.testing.assert_allclose(shares(Sampling(1.0)), probabilities, atol=0.014)
@@ -148,6 +333,18 @@ def test_what_does_not_fit_is_refused(tiny_run):
             draw("the", temperature=temperature)
     with pytest.raises(ValueError, match="top_k=0 must be at least 1"):
         draw("the", top_k=0)
+    for top_p in (0, -0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=f"top_p={top_p} must be above 0 and at most 1"):
+            draw("the", top_p=top_p)
+    for prompts, options, problem in (
+        ([], {}, "there is no prompt"),
+        (["a"], dict(prefill_chunk=0), "prefill_chunk=0 must be at least 1"),
+        (["a"], dict(seed=-1), "seed=-1 must be in 0"),
+        (["a", "b" * 32], {}, "prompt 2 of 2 has 32 tokens, but the model's context is 32"),
+        (["a", "b" * 30], dict(max_tokens=3), "max_tokens=3 must lie between 1 and 2: prompt 2 of 2 has 30 of"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            generate_batch(tiny_run.run, prompts, sampling=GREEDY, **options)
 
 
 def test_an_empty_prompt_begins_a_document():

@@ -160,6 +160,103 @@ def test_selected_blocks_of_long_sequences_lose_nothing(draw):
         assert same(drawn.colour(axes, (column + 0.5) * 8, (row + 1.5) * 7), plots.PAPER)
 
 
+def test_head_choices(draw):
+    """Six blocks of 4, of which the first and the query's own are always read: every cell of two heads."""
+    blocks = np.full((22, 2, 3), -1)
+    for query, head in np.ndindex(22, 2):
+        own = query // 4
+        chosen = sorted({0, own, own // 2 if head else 0})
+        blocks[query, head, : len(chosen)] = chosen
+    drawn = draw(plots.head_choices, blocks, select_block=4, num_initial=1, num_local=1, title="layer 3")
+    pale, _, dark = plots._shades(plots.BRANCH_COLOURS["selected"], 3)
+    panels = drawn.figure.axes
+    assert [axes.get_title() for axes in panels] == ["K/V head 0", "K/V head 1"]
+    for head, axes in enumerate(panels):
+        for query in range(22):
+            own = query // 4
+            for block in range(6):
+                key = 4 * block + (2 if block < 5 else 1)
+                expected = plots.FUTURE if block > own else plots.PAPER
+                if block in (0, own):
+                    expected = pale
+                elif head == 1 and own > 1 and block == own // 2:
+                    expected = dark
+                if abs(query - key) > 1:  # elsewhere is the line of the diagonal
+                    assert same(drawn.colour(axes, key + 0.5, query + 0.5), expected), (head, query, block)
+    legend = [text.get_text() for text in drawn.figure.legends[0].get_texts()]
+    assert legend == ["chosen by score", "always read (first 1, last 1)", "the future"]
+    assert drawn.figure.get_suptitle() == "layer 3"
+
+
+def test_head_choices_of_long_sequences_lose_nothing(draw):
+    """One query of 4096 chose a block by its score: it is seen through those that share its cell and did not."""
+    blocks = np.full((4096, 1, 2), -1)
+    blocks[:, 0, 0] = 0
+    blocks[3000, 0, 1] = 5
+    drawn = draw(plots.head_choices, blocks, select_block=64, num_initial=1, num_local=1, title="layer 0")
+    axes = drawn.figure.axes[0]
+    assert "7 to a row" in drawn.figure.get_supylabel() and min(axes.bbox.size) > 4096 / 7
+    pale, _, dark = plots._shades(plots.BRANCH_COLOURS["selected"], 3)
+    row = 3000 // 7 * 7 + 3.5
+    assert same(drawn.colour(axes, 5.5 * 64, row), dark)
+    assert same(drawn.colour(axes, 5.5 * 64, row + 7), plots.PAPER)
+    assert same(drawn.colour(axes, 32, row), pale)
+
+
+def test_unions(draw):
+    unions = {2: [[5.0, 7.0], [6.0, 6.0]], 16: [[20.0, 20.0], [9.0, 11.0]]}
+    drawn = draw(plots.unions, unions, mean_blocks=4.5)
+    axes = drawn.figure.axes[0]
+    assert axes.get_yscale() == "log"
+    for count, (colour, means) in zip((2, 16), zip(plots.RUN_COLOURS, ([6, 6], [20, 10]))):
+        for layer, value in enumerate(means):
+            assert same(drawn.colour(axes, layer, value), colour), (count, layer)
+    dots = np.concatenate([dots.get_offsets() for dots in axes.collections])
+    assert sorted(dots[:, 1]) == sorted([5, 7, 6, 6, 20, 20, 9, 11])
+    assert [text.get_text() for text in drawn.figure.legends[0].get_texts()] == ["2 queries", "16 queries", "one (4.5)"]
+    assert axes.lines[-1].get_ydata()[0] == 4.5
+    bottom, top = axes.get_ylim()
+    assert bottom < 4.5 and top > 20
+    assert len([tick for tick in axes.get_yticks() if bottom <= tick <= top]) >= 4
+
+
+COVERAGE = dict(
+    positions=[(0, 8), (8, 16), (16, 24)],
+    covered_by_position=[[1.0, 0.8, 0.6], [1.0, 0.6, 0.4]],
+    best_by_position=[1.0, 0.9, 0.85],
+    share_read=[1.0, 0.4, 0.2],
+)
+
+
+def test_coverage(draw):
+    from matplotlib import colormaps
+
+    covered = [[0.0, 0.25, 1.0], [0.5, 0.75, 0.1]]
+    drawn = draw(plots.coverage, covered, **COVERAGE)
+    heat, lines = (axes for axes in drawn.figure.axes if axes.get_xlabel())
+    for (layer, head), value in np.ndenumerate(covered):
+        # Beside the number in the middle.
+        assert same(drawn.colour(heat, head - 0.4, layer - 0.4), colormaps["cividis"](value)[:3])
+    assert [text.get_text() for text in heat.texts] == ["0%", "25%", "100%", "50%", "75%", "10%"]
+    drawn_lines = [line.get_ydata().tolist() for line in lines.lines]
+    assert drawn_lines[:2] == COVERAGE["covered_by_position"]
+    np.testing.assert_allclose(drawn_lines[2], [1.0, 0.7, 0.5])
+    assert drawn_lines[3:] == [COVERAGE["best_by_position"], COVERAGE["share_read"]]
+    assert all(line.get_xdata().tolist() == [4, 12, 20] for line in lines.lines)
+    assert [text.get_text() for text in lines.get_legend().get_texts()] == [
+        "layer 0",
+        "layer 1",
+        "mean of the layers",
+        "the best blocks",
+        "share of the tokens",
+    ]
+
+
+def test_coverage_where_no_query_chooses(draw):
+    drawn = draw(plots.coverage, None, **COVERAGE)
+    assert "no query of so short a text\nhas to choose" in [text.get_text() for text in drawn.figure.axes[0].texts]
+
+
 @pytest.mark.parametrize("num_heads", [None, 1, 5])
 def test_gates(draw, num_heads):
     means = np.array([[0.2, 0.5, 0.9], [0.0, 0.6, 1.0]])
@@ -272,6 +369,27 @@ WRONG = {
     "names": (
         lambda path: plots.selected_blocks(blocks_of(2, 8, 2, 3), path, select_block=4, num_keys=8, layer_names=["a"]),
         r"layer_names=\['a'\] must have one name for each of the 2 layers",
+    ),
+    "head choices with layers": (
+        lambda path: plots.head_choices(
+            blocks_of(1, 8, 2, 3), path, select_block=4, num_initial=1, num_local=1, title=""
+        ),
+        r"blocks.shape=\(1, 8, 2, 3\) must be \[T, K, A\]",
+    ),
+    "head choices in blocks of none": (
+        lambda path: plots.head_choices(blocks_of(8, 2, 3), path, select_block=0, num_initial=1, num_local=1, title=""),
+        "select_block=0 must be positive",
+    ),
+    "no unions": (lambda path: plots.unions({}, path, mean_blocks=4.0), "at least one number of queries"),
+    "unions without heads": (lambda path: plots.unions({2: [3.0]}, path, mean_blocks=4.0), r"unions\[2\].shape=\(1,\)"),
+    "coverage of other positions": (
+        lambda path: plots.coverage([[0.5], [0.5]], path, **COVERAGE | dict(share_read=[1.0])),
+        "for P=3 positions",
+    ),
+    "coverage of other layers": (lambda path: plots.coverage([[0.5]], path, **COVERAGE), "for L=2 layers"),
+    "coverage above one": (
+        lambda path: plots.coverage([[0.5], [1.5]], path, **COVERAGE),
+        r"covered must lie in \[0, 1\], but reaches from 0.5 to 1.5",
     ),
     "gates of two branches": (
         lambda path: plots.gates(np.ones((4, 2)), path),

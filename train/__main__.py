@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -97,54 +97,116 @@ def eval_loss(
 
 def generate(
     run: Path,
-    prompt: str,
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    prompt_file: Path | None = None,
     temperature: float = 0.8,
     top_k: int | None = None,
+    top_p: float | None = None,
     max_tokens: int | None = None,
+    stop: str | None = None,
     seed: int = 0,
+    stream: bool = False,
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    prefill_chunk: int = 4096,
     step: int | None = None,
 ) -> None:
-    """Continue a prompt with a trained run.
+    """Continue prompts with a trained run, all in one batch.
+
+    Prints each prompt with its continuation, and to the standard error the tokens per second, compilation left out.
 
     Args:
         run: Run folder.
-        prompt: Text to continue.
+        prompt: Text to continue; repeat the flag for several.
+        prompt_file: File with a prompt in each line; a .jsonl file has a JSON string in each, which may hold line ends.
         temperature: 0 takes the most likely token each time; higher is more varied.
         top_k: Draw from this many of the most likely tokens; from all if not given.
-        max_tokens: Tokens to draw; 200, or what is left of the context, if not given.
-        seed: Of the draws.
+        top_p: Draw from the fewest most likely tokens that have this probability together; from all if not given.
+        max_tokens: Tokens to draw for each; 200, or what is left of the context, if not given.
+        stop: Text of one token that ends a continuation; the end of a document always does.
+        seed: Of the draws; the prompts of a batch have seed, seed + 1, ... and get what they get alone with that seed.
+        stream: Show the text as it is drawn; of several, one after the other, or with --json a line for each piece.
+        json_output: Print one line of JSON with the texts, why they ended, and the times.
+        prefill_chunk: Tokens of each prompt that are read at once: fewer take less memory.
         step: Checkpoint to read; the last one if not given.
     """
-    from train.generate import Sampling
-    from train.generate import generate as continue_prompt
+    from train.generate import InOrder, Sampling, generate_batch, heading, read_prompts
     from train.runs import open_run
 
-    sampling = Sampling(temperature, top_k)
+    sampling = Sampling(temperature, top_k, top_p)
     sampling.check()
-    print(
-        prompt + continue_prompt(open_run(run, step=step), prompt, sampling=sampling, max_tokens=max_tokens, seed=seed)
+    prompts = [*prompt, *(read_prompts(prompt_file) if prompt_file else ())]
+    if not prompts:
+        raise ValueError('there is no prompt: give --prompt "TEXT", as often as you like, or --prompt-file FILE')
+    opened = open_run(run, step=step)
+
+    def json_piece(row: int, text: str, ended: bool) -> None:
+        print(json.dumps(dict(prompt=row, text=text, ended=ended)), flush=True)
+
+    on_text: Callable[[int, str, bool], None] | None = None
+    if stream and json_output:
+        on_text = json_piece
+    elif stream:
+        # Only once it is known that the prompts fit: nothing is printed above an error.
+        shown: list[InOrder] = []
+
+        def on_text(row: int, text: str, ended: bool) -> None:
+            if not shown:
+                shown.append(InOrder(prompts, lambda text: print(text, end="", flush=True)))
+            shown[0](row, text, ended)
+
+    made = generate_batch(
+        opened,
+        prompts,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        seed=seed,
+        stop=stop,
+        prefill_chunk=prefill_chunk,
+        on_text=on_text,
     )
+    if json_output:
+        texts = [dict(prompt=text, **each._asdict()) for text, each in zip(prompts, made.continuations, strict=True)]
+        settings = dict(run=str(run), step=opened.step, sampling=sampling._asdict(), stop=stop)
+        print(json.dumps(settings | dict(continuations=texts, speed=made.speed._asdict())))
+    elif not stream:
+        for row, (text, each) in enumerate(zip(prompts, made.continuations, strict=True)):
+            print(heading(row, len(prompts)) + text + each.text)
+    print(made.speed, file=sys.stderr)
 
 
-def inspect(run: Path, text: Path | None = None, step: int | None = None, output: Path | None = None) -> None:
-    """Draw which blocks each layer of a trained run selects, and its gates, on one context of text.
+def inspect(
+    run: Path,
+    text: Path | None = None,
+    length: int | None = None,
+    beyond_context: bool = False,
+    step: int | None = None,
+    output: Path | None = None,
+) -> None:
+    """Show what a trained run's attention reads in the beginning of a text.
+
+    Draws the blocks that each layer and head selects, its gates, how much neighbours' choices overlap, and how much of
+    full attention's mass the selected blocks hold. Writes inspect.html, a page with all of it that opens offline,
+    inspect.json, the numbers, and the figures.
 
     Args:
         run: Run folder of a model with attention nsa.
-        text: File with the text; the beginning of the run's validation text if not given.
+        text: File with the text; the run's validation text if not given.
+        length: Tokens to read; the run's context, or as many as there are, if not given.
+        beyond_context: Allow a length above the context that the run was trained with.
         step: Checkpoint to read; the last one if not given.
-        output: Folder for the figures; the run folder if not given.
+        output: Folder for the results; RUN/inspect if not given.
     """
     from train.data import load_documents
-    from train.inspection import draw_choices
+    from train.inspection import inspect_text
     from train.runs import load_own_corpus, open_run
 
     opened = open_run(run, step=step)
-    if text is None:
-        document = load_own_corpus(opened).validation[0]
-    else:
-        document = load_documents(str(text))[0]
-    print("written: " + ", ".join(map(str, draw_choices(opened, document.text, output or run))))
+    document = load_own_corpus(opened).validation[0] if text is None else load_documents(str(text))[0]
+    source = str(text) if text else f"{opened.config.data.text} (validation: {document.name})"
+    written = inspect_text(
+        opened, document.text, output or run / "inspect", source=source, length=length, beyond_context=beyond_context
+    )
+    print("written: " + ", ".join(map(str, written)))
 
 
 def _cli(function: Callable[..., None], name: str) -> Callable[[Sequence[str]], None]:
@@ -154,8 +216,8 @@ def _cli(function: Callable[..., None], name: str) -> Callable[[Sequence[str]], 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "run": ("train a language model: run PRESET", run_command),
     "eval loss": ("loss of trained runs on held-out text, overall and by position", _cli(eval_loss, "eval loss")),
-    "generate": ("continue a prompt with a trained run", _cli(generate, "generate")),
-    "inspect": ("draw which blocks a trained run selects, and its gates", _cli(inspect, "inspect")),
+    "generate": ("continue prompts with a trained run", _cli(generate, "generate")),
+    "inspect": ("show what a trained run reads: selected blocks, gates, overlap, coverage", _cli(inspect, "inspect")),
 }
 
 

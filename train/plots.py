@@ -188,7 +188,6 @@ def selected_blocks(
     figure = _new_figure(1.2 + side * columns, 0.6 + side * rows)
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
-    from matplotlib.ticker import MultipleLocator
 
     panels = [figure.add_subplot(rows, columns, layer + 1) for layer in range(num_layers)]
     row_queries, column_blocks = -(-num_queries // MAX_CELLS), -(-num_blocks // MAX_CELLS)
@@ -199,27 +198,20 @@ def selected_blocks(
     for layer, (axes, name) in enumerate(zip(panels, names, strict=True)):
         counts = _head_counts(choices[layer], num_blocks)
         counts[future & (counts == 0)] = -1
-        cells = _pool_largest(counts, row_queries, column_blocks)
-        # The last cells may reach beyond the last query and key: the limits cut them off.
-        bottom = query_start + len(cells) * row_queries
-        right = cells.shape[1] * column_blocks * select_block
-        axes.imshow(
-            cells, cmap=colours, vmin=-1.5, vmax=num_heads + 0.5, extent=(0, right, bottom, query_start), **CELLS
+        _draw_map(
+            axes,
+            counts,
+            colours,
+            levels=(-1, num_heads),
+            cell=(row_queries, column_blocks),
+            select_block=select_block,
+            num_keys=num_keys,
+            query_start=query_start,
         )
-        axes.plot([query_start, query_end], [query_start, query_end], color=INK, linewidth=0.7)
-        axes.set(xlim=(0, num_keys), ylim=(query_end, query_start))
         axes.set_title(name, fontsize=9, color=INK, pad=4)
-        _style_axes(axes)
-        axes.grid(visible=False)
-        for axis, length in ((axes.xaxis, num_keys), (axes.yaxis, num_queries)):
-            axis.set_major_locator(MultipleLocator(2 ** max(0, (length // 3).bit_length() - 1)))
-            axis.set_major_formatter(_format_tokens)
         axes.tick_params(labelleft=layer % columns == 0, labelbottom=layer + columns >= num_layers)
 
-    rows_note = f"; {row_queries} to a row" if row_queries > 1 else ""
-    columns_note = f", {column_blocks} to a column" if column_blocks > 1 else ""
-    figure.supylabel(f"query position (tokens{rows_note})", fontsize=10, color=INK)
-    figure.supxlabel(f"key position (tokens; blocks of {select_block}{columns_note})", fontsize=10, color=INK)
+    _label_map(figure, (row_queries, column_blocks), select_block)
     levels = BoundaryNorm([heads + 0.5 for heads in range(num_heads + 1)], num_heads)
     bar = figure.colorbar(ScalarMappable(levels, ListedColormap(shades)), ax=panels, pad=0.02, aspect=30)
     bar.set_ticks(list(range(num_heads, 0, -max(1, num_heads // 8))))
@@ -227,6 +219,233 @@ def selected_blocks(
     bar.set_label(f"K/V heads that chose the block (of {num_heads})", fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8, labelcolor=INK, length=0)
     bar.ax.spines[:].set_visible(False)
+    return _save(figure, path)
+
+
+def head_choices(
+    blocks: ArrayLike,
+    path: str | Path,
+    *,
+    select_block: int,
+    num_initial: int,
+    num_local: int,
+    title: str,
+) -> Path:
+    """Draw which key blocks each query of one layer chose: a panel for each key/value head, queries downwards.
+
+    Pale are the blocks that every query reads whatever it says, dark those that its scores chose. As in `selected_blocks`,
+    the future is grey, and where queries share a cell, what the scores chose for one of them is shown.
+
+    Args:
+        blocks: int `[T, K, A]`: queries, key/value heads, chosen blocks; -1 is an unused slot.
+        path: the file to write.
+        select_block: tokens in a block.
+        num_initial, num_local: blocks at the beginning, and up to the query's own, that are always read.
+        title: above the panels.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: a wrong shape or dtype, or a block that does not exist.
+    """
+    if select_block < 1:
+        raise ValueError(f"{select_block=} must be positive")
+    num_queries = len(np.asarray(blocks))
+    num_blocks = -(-num_queries // select_block)
+    choices = _check_blocks(blocks, "TKA", num_blocks)
+    num_heads = choices.shape[1]
+    columns = min(num_heads, 2 if num_heads <= 4 else 4)
+    rows, side = -(-num_heads // columns), 3.4
+    width = max(0.7 + side * columns, 6.0)
+    figure = _new_figure(width, 0.95 + side * rows)
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    pale, _, dark = _shades(BRANCH_COLOURS["selected"], 3)
+    colours = ListedColormap(np.stack([_rgb(FUTURE), _rgb(PAPER), pale, dark]))
+    cell = (-(-num_queries // (2 * MAX_CELLS)), -(-num_blocks // (2 * MAX_CELLS)))
+    query, block = np.arange(num_queries)[:, None], np.arange(num_blocks)
+    future = block * select_block > query
+    forced = (block < num_initial) | (block > query // select_block - num_local)
+    for head in range(num_heads):
+        axes = figure.add_subplot(rows, columns, head + 1)
+        chosen = _head_counts(choices[:, head : head + 1], num_blocks)
+        levels = np.where(chosen > 0, np.where(forced, 1, 2), np.where(future, -1, 0))
+        _draw_map(
+            axes,
+            levels,
+            colours,
+            levels=(-1, 2),
+            cell=cell,
+            select_block=select_block,
+            num_keys=num_queries,
+            query_start=0,
+        )
+        axes.set_title(f"K/V head {head}", fontsize=9, color=INK, pad=4)
+        axes.tick_params(labelleft=head % columns == 0, labelbottom=head + columns >= num_heads)
+    _label_map(figure, cell, select_block)
+    figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
+    always = f"always read (first {num_initial}, last {num_local})"
+    meaning = (("chosen by score", dark), (always, pale), ("the future", _rgb(FUTURE)))
+    figure.legend(
+        handles=[Patch(facecolor=tuple(colour), label=label) for label, colour in meaning],
+        loc="outside upper right",
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        handlelength=1.2,
+    )
+    return _save(figure, path)
+
+
+def unions(unions: Mapping[int, ArrayLike], path: str | Path, *, mean_blocks: float) -> Path:
+    """Draw how many different blocks adjacent queries read together, over the depth of the model.
+
+    A line is the mean of the layer's key/value heads, and each head is a dot beside it. The dashed line is what one
+    query reads: so would any number of them that choose alike.
+
+    Args:
+        unions: number of adjacent queries -> float `[L, K]`, their mean union.
+        path: the file to write.
+        mean_blocks: blocks that one query reads, in the mean.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: there is none, or a wrong shape.
+    """
+    if not unions:
+        raise ValueError("unions={} must hold at least one number of queries -> [L, K]")
+    figure = _new_figure(7.2, 3.8)
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    axes = _new_axes(figure, x="layer", y="different blocks read together (log scale)")
+    axes.set_yscale("log", base=2)
+    highest, num_layers = mean_blocks, 1
+    for row, ((count, each), (colour, marker)) in enumerate(zip(unions.items(), _run_styles(), strict=False)):
+        values = np.asarray(each, np.float64)
+        if values.ndim != 2 or 0 in values.shape:
+            raise ValueError(f"unions[{count}].shape={values.shape} must be [L, K], and not empty")
+        num_layers, num_heads = values.shape
+        depth, highest = np.arange(num_layers), max(highest, values.max())
+        if num_heads > 1:
+            beside = np.repeat(depth + 0.008 * num_layers * (row - (len(unions) - 1) / 2), num_heads)
+            axes.scatter(beside, values.ravel(), s=9, color=colour, alpha=0.5, linewidths=0)
+        axes.plot(depth, values.mean(axis=1), color=colour, marker=marker, **LINE, label=f"{count} queries")
+    axes.axhline(mean_blocks, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"one ({mean_blocks:.1f})")
+    axes.set(xlim=(-0.4, num_layers - 0.6), ylim=(mean_blocks / 1.15, highest * 1.15))
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
+    # Few powers of two may lie in the range: also those between them.
+    axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.25, 1.5, 1.75)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    _add_legend(axes, columns=len(unions) + 1)
+    return _save(figure, path)
+
+
+def coverage(
+    covered: ArrayLike | None,
+    path: str | Path,
+    *,
+    positions: Sequence[tuple[int, int]],
+    covered_by_position: ArrayLike,
+    best_by_position: ArrayLike,
+    share_read: ArrayLike,
+) -> Path:
+    """Draw how much of full attention's mass the selected blocks hold: by layer and head, and over the position.
+
+    Args:
+        covered: float `[L, N]` in [0, 1]: the mean over the queries that had to choose; None: there is none, and no map.
+        path: the file to write.
+        positions: starts and ends of P parts of the text: a part is drawn at its middle.
+        covered_by_position: float `[L, P]`: each layer's share.
+        best_by_position: float `[P]`: the share of the best blocks, as many, in the mean over the layers.
+        share_read: float `[P]`: the share of the tokens that the blocks hold.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: a wrong shape, or a share outside [0, 1].
+    """
+    layers, best, read = (np.asarray(x, np.float64) for x in (covered_by_position, best_by_position, share_read))
+    if layers.ndim != 2 or 0 in layers.shape or not layers.shape[1:] == best.shape == read.shape == (len(positions),):
+        raise ValueError(
+            f"{layers.shape=}, {best.shape=} and {read.shape=} must be [L, P], [P] and [P] for P={len(positions)} positions"
+        )
+    num_layers = len(layers)
+    heads = None if covered is None else np.asarray(covered, np.float64)
+    if heads is not None and (heads.ndim != 2 or heads.shape[0] != num_layers or not heads.shape[1]):
+        raise ValueError(f"covered.shape={heads.shape} must be [L, N] for L={num_layers} layers")
+    for name, values in (("covered", heads), ("layers", layers), ("best", best), ("read", read)):
+        # Sums of float32 reach a little above one.
+        if values is not None and not np.all((values >= 0) & (values <= 1 + 1e-4)):
+            raise ValueError(f"{name} must lie in [0, 1], but reaches from {values.min()} to {values.max()}")
+
+    figure = _new_figure(9.6, 4.4)
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator, MultipleLocator
+
+    # Dark to light for every colour vision, and in greyscale.
+    colours = colormaps["cividis"]
+    panels = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    axes = panels[0]
+    if heads is None:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no query of so short a text\nhas to choose", ha="center", fontsize=9, color=INK)
+    else:
+        image = axes.imshow(heads, cmap=colours, vmin=0, vmax=1, **CELLS)
+        _style_axes(axes)
+        axes.grid(visible=False)
+        axes.set_title("mean over the queries that choose", fontsize=9, color=INK, pad=4)
+        axes.set_xlabel("query head", fontsize=10, color=INK)
+        axes.set_ylabel("layer", fontsize=10, color=INK)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
+        if heads.shape[0] <= 12 and heads.shape[1] <= 8:
+            for (layer, head), value in np.ndenumerate(heads):
+                ink = PAPER if value < 0.5 else INK
+                axes.text(head, layer, f"{value:.0%}", ha="center", va="center", fontsize=8, color=ink)
+        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
+        bar.ax.yaxis.set_major_formatter(_format_share)
+        bar.ax.tick_params(labelsize=8, labelcolor=INK, length=0)
+        bar.ax.spines[:].set_visible(False)
+
+    axes = panels[1]
+    middles = [(start + end) / 2 for start, end in positions]
+    for layer, values in enumerate(layers):
+        # Not the lightest, which paper would swallow.
+        colour = colours(0.88 * layer / max(1, num_layers - 1))
+        label = f"layer {layer}" if layer in (0, num_layers - 1) else None
+        axes.plot(middles, values, color=colour, linewidth=0.9, label=label)
+    # What is to be compared is in ink: the means of the layers, and the tokens' share.
+    for values, name, style in (
+        (layers.mean(axis=0), "mean of the layers", "-"),
+        (best, "the best blocks", (0, (3, 1.5))),
+        (read, "share of the tokens", (0, (1, 1.2))),
+    ):
+        axes.plot(middles, values, color=INK, linewidth=1.8, linestyle=style, label=name)
+    axes.set(xlim=(0, positions[-1][1]), ylim=(-0.02, 1.04))
+    axes.xaxis.set_major_locator(MultipleLocator(2 ** max(0, (positions[-1][1] // 4).bit_length() - 1)))
+    axes.xaxis.set_major_formatter(_format_tokens)
+    axes.yaxis.set_major_formatter(_format_share)
+    axes.set_xlabel("position of the query (tokens)", fontsize=10, color=INK)
+    _style_axes(axes)
+    # Above the axes, as lines may run anywhere in them.
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1),
+        ncols=3,
+        frameon=False,
+        fontsize=8.5,
+        columnspacing=1.2,
+        labelcolor=INK,
+    )
+    title = "Full attention's mass that lies in the selected blocks"
+    figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
     return _save(figure, path)
 
 
@@ -400,6 +619,49 @@ def _style_axes(axes: "Axes") -> None:
     axes.set_axisbelow(True)
 
 
+def _draw_map(
+    axes: "Axes",
+    values: NDArray[np.int64],
+    colours: Any,
+    *,
+    levels: tuple[int, int],
+    cell: tuple[int, int],
+    select_block: int,
+    num_keys: int,
+    query_start: int,
+) -> None:
+    """`values` `[T, M]`, whole numbers from `levels[0]` to `levels[1]`, over queries and blocks; `cell` of them share one."""
+    from matplotlib.ticker import MultipleLocator
+
+    query_end = query_start + len(values)
+    cells = _pool_largest(values, *cell)
+    # The last cells may reach beyond the last query and key: the limits cut them off.
+    bottom = query_start + len(cells) * cell[0]
+    right = cells.shape[1] * cell[1] * select_block
+    axes.imshow(
+        cells,
+        cmap=colours,
+        vmin=levels[0] - 0.5,
+        vmax=levels[1] + 0.5,
+        extent=(0, right, bottom, query_start),
+        **CELLS,
+    )
+    axes.plot([query_start, query_end], [query_start, query_end], color=INK, linewidth=0.7)
+    axes.set(xlim=(0, num_keys), ylim=(query_end, query_start))
+    _style_axes(axes)
+    axes.grid(visible=False)
+    for axis, length in ((axes.xaxis, num_keys), (axes.yaxis, len(values))):
+        axis.set_major_locator(MultipleLocator(2 ** max(0, (length // 3).bit_length() - 1)))
+        axis.set_major_formatter(_format_tokens)
+
+
+def _label_map(figure: "Figure", cell: tuple[int, int], select_block: int) -> None:
+    rows_note = f"; {cell[0]} to a row" if cell[0] > 1 else ""
+    columns_note = f", {cell[1]} to a column" if cell[1] > 1 else ""
+    figure.supylabel(f"query position (tokens{rows_note})", fontsize=10, color=INK)
+    figure.supxlabel(f"key position (tokens; blocks of {select_block}{columns_note})", fontsize=10, color=INK)
+
+
 def _add_legend(axes: "Axes", *, columns: int = 3) -> None:
     """Above the axes, where it covers no line; in fewer columns if the labels are long."""
     _, labels = axes.get_legend_handles_labels()
@@ -425,6 +687,10 @@ def _save(figure: "Figure", path: str | Path) -> Path:
 def _format_tokens(tokens: float, _: float | None = None) -> str:
     """512 -> "512", 1536 -> "1.5k", 8192 -> "8k"."""
     return f"{tokens / 1024:g}k" if tokens >= 1024 and tokens % 512 == 0 else f"{tokens:g}"
+
+
+def _format_share(share: float, _: float | None = None) -> str:
+    return f"{share:.0%}"
 
 
 def _run_styles() -> Iterator[tuple[str, str]]:

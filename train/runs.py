@@ -5,6 +5,7 @@ RUN/checkpoints/        see train/checkpoint.py; each holds configuration, token
 RUN/metrics.jsonl       a row for each logged step and each validation
 RUN/tensorboard/        the same, where tensorboardX is installed
 RUN/summary.json, sample.txt, loss.png, selected_blocks.png, gates.png     written at the end
+RUN/inspect/            what `inspect` writes
 """
 
 import importlib.metadata

@@ -1,0 +1,298 @@
+"""What `inspect` measures, against loops over single queries; its page, its files, and what it refuses."""
+
+import base64
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import ops, select_blocks
+from tests.tiny import MODEL, random_params, replace_model
+from train import inspection
+from train.__main__ import main
+from train.inspection import Choices, Mass, covered_mass, inspect_text, look, look_closely, numbers
+from train.model import Network
+from train.runs import load_own_corpus
+
+pytest_plugins = ["tests.tiny_fixtures"]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Four query heads on two key/value heads, and a text that ends within a block.
+CONFIG = dataclasses.replace(MODEL, num_heads=4, num_kv_heads=2)
+SIZE, SLOTS = CONFIG.nsa.select_block, CONFIG.nsa.num_selected
+LENGTH = 39
+
+
+def mass_by_block(query: np.ndarray, key: np.ndarray, at: int, head: int, *, group: int, size: int) -> list[float]:
+    """The softmax of one query over the tokens up to it, summed over each block; float64."""
+    scores = [float(query[at, head] @ key[token, head // group]) * query.shape[-1] ** -0.5 for token in range(at + 1)]
+    weights = np.exp(np.asarray(scores) - max(scores))
+    p = weights / weights.sum()
+    return [float(p[start : start + size].sum()) for start in range(0, at + 1, size)]
+
+
+@pytest.mark.parametrize("chunk_scores", [1, 130, 1 << 24], ids=["a query at a time", "chunks of 2", "at once"])
+def test_covered_mass_is_that_of_each_querys_softmax(monkeypatch, chunk_scores):
+    monkeypatch.setattr(inspection, "CHUNK_SCORES", chunk_scores)
+    rng = np.random.default_rng(0)
+    length, heads, kv_heads, size = 19, 6, 2, 4
+    query, key = (rng.normal(scale=2, size=(length, n, 8)).astype(np.float32) for n in (heads, kv_heads))
+    blocks = np.full((length, kv_heads, 3), -1, np.int32)
+    for at in range(length):
+        for head in range(kv_heads):
+            own = at // size
+            chosen = sorted(rng.choice(own + 1, min(3, own + 1) if at % 5 else 1, replace=False))
+            blocks[at, head, : len(chosen)] = chosen
+    found = covered_mass(jnp.asarray(query), jnp.asarray(key), jnp.asarray(blocks), select_block=size)
+    assert found.selected.shape == found.best.shape == (heads, length)
+    query, key = query.astype(np.float64), key.astype(np.float64)
+    for at in range(length):
+        for kv_head in range(kv_heads):
+            mine = range(kv_head * 3, kv_head * 3 + 3)
+            mass = {head: mass_by_block(query, key, at, head, group=3, size=size) for head in mine}
+            together = np.sum([*mass.values()], axis=0)
+            best = np.argsort(-together)[:3]
+            for head in mine:
+                expected = sum(mass[head][block] for block in blocks[at, kv_head] if block >= 0)
+                assert float(found.selected[head, at]) == pytest.approx(expected, abs=2e-6)
+                assert float(found.best[head, at]) == pytest.approx(sum(mass[head][b] for b in best), abs=2e-6)
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """Of a model with random parameters: what `look_closely` gives, and each layer's projections and blocks."""
+    network = Network(CONFIG, 50)
+    params = random_params(network)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 50, LENGTH), jnp.int32)
+
+    @jax.jit
+    def layers(params):
+        model = network.model(params)
+        x, found = model.embed(tokens[None]), []
+        for layer in model.unstacked_layers():
+            normed = layer.attention_norm(x)
+            found.append((layer.attention.project(normed), layer.attention.select_blocks(normed)))
+            x = layer(x, None)
+        return found
+
+    return look_closely(network, params, tokens), jax.tree.map(lambda x: np.asarray(x[0]), layers(params))
+
+
+def test_every_number_against_a_loop(seen):
+    (choices, mass), layers = seen
+    found = numbers(choices, mass, CONFIG.nsa)
+    first = SIZE * SLOTS
+    assert found["tokens"] == LENGTH and found["first_that_chooses"] == first == 12
+    assert found["queries_that_choose"] == LENGTH - first
+    shares, counts = np.zeros((2, LENGTH, 2)), []
+    for layer, (projections, blocks) in enumerate(layers):
+        numbers_here = found["layers"][layer]
+        assert numbers_here["layer"] == layer and numbers_here["num_kv_heads"] == 2
+        for branch, name in enumerate(("compressed", "selected", "window")):
+            expected = [np.mean([projections.gates[at, head, branch] for at in range(LENGTH)]) for head in range(4)]
+            np.testing.assert_allclose(numbers_here["gates"][name], expected, rtol=1e-5)
+        chosen = [[{*blocks[at, head].tolist()} - {-1} for head in range(2)] for at in range(LENGTH)]
+        for count in (2, 4, 8, 16):
+            starts = range(0, LENGTH - count + 1, count)
+            expected = [
+                np.mean(
+                    [len(set().union(*(chosen[at][head] for at in range(start, start + count)))) for start in starts]
+                )
+                for head in range(2)
+            ]
+            np.testing.assert_allclose(numbers_here["mean_union"][str(count)], expected, rtol=1e-6)
+        covered, best = np.zeros((2, 4, LENGTH))
+        query, key = (x.astype(np.float64) for x in (projections.query, projections.selected.key))
+        for at in range(LENGTH):
+            for kv_head in range(2):
+                tokens = sum(min(SIZE, at + 1 - block * SIZE) for block in chosen[at][kv_head])
+                shares[layer, at, kv_head] = tokens / (at + 1)
+                counts.append(len(chosen[at][kv_head]))
+                mine = (2 * kv_head, 2 * kv_head + 1)
+                each = {head: mass_by_block(query, key, at, head, group=2, size=SIZE) for head in mine}
+                order = np.argsort(-np.sum([*each.values()], axis=0))[:SLOTS]
+                for head in mine:
+                    covered[head, at] = sum(each[head][block] for block in chosen[at][kv_head])
+                    best[head, at] = sum(each[head][block] for block in order)
+        np.testing.assert_allclose(numbers_here["covered"], covered[:, first:].mean(axis=1), atol=1e-5)
+        np.testing.assert_allclose(numbers_here["best"], best[:, first:].mean(axis=1), atol=1e-5)
+        # Not all mass is covered, and no choice covers more than the best one.
+        assert max(numbers_here["covered"]) < 0.999
+        assert np.mean(numbers_here["covered"]) < np.mean(numbers_here["best"])
+        for name, values in (("covered", covered), ("best", best)):
+            expected = [values[:, part["start"] : part["end"]].mean() for part in found["positions"]]
+            np.testing.assert_allclose(numbers_here[f"{name}_by_position"], expected, atol=1e-5)
+    assert found["mean_blocks"] == pytest.approx(np.mean(counts))
+    assert found["share_read"] == pytest.approx(shares[:, first:].mean())
+    expected = [shares[:, part["start"] : part["end"]].mean() for part in found["positions"]]
+    np.testing.assert_allclose(found["share_read_by_position"], expected)
+    # The parts are the text, in order, and of about equal size.
+    assert len(found["positions"]) == 32
+    at = [position for part in found["positions"] for position in range(part["start"], part["end"])]
+    assert at == list(range(LENGTH))
+    assert {part["end"] - part["start"] for part in found["positions"]} == {1, 2}
+
+
+def test_what_a_short_text_does_not_have_is_none(seen):
+    (choices, mass), _ = seen
+    short = Choices(choices.blocks[:, :3], choices.gates), Mass(mass.selected[..., :3], mass.best[..., :3])
+    found = numbers(*short, CONFIG.nsa)
+    assert found["queries_that_choose"] == 0 and found["share_read"] is None and len(found["positions"]) == 3
+    for layer in found["layers"]:
+        assert layer["covered"] is None and layer["best"] is None
+        assert [count for count, union in layer["mean_union"].items() if union is None] == ["4", "8", "16"]
+        np.testing.assert_allclose(layer["covered_by_position"], 1.0, atol=1e-6)
+    json.dumps(found, allow_nan=False)
+
+
+def test_inspect_sees_the_choices_and_gates_of_the_model_itself(tiny_run, monkeypatch):
+    """Against what `select_blocks` and the gates' sigmoid give while the whole model runs."""
+    run = tiny_run.run
+    tokens = jnp.asarray(run.tokenizer.encode("the quick brown fox jumps over"), jnp.int32)
+    choices = look(run.network, run.params, tokens)
+    seen = []
+    attend = ops.nsa_attention
+
+    def spy(query, *, compressed, gates, config, **rest):
+        blocks = select_blocks(query, compressed.key, config=config, num_keys=query.shape[1])
+        seen.append((blocks, gates))
+        return attend(query, compressed=compressed, gates=gates, config=config, **rest)
+
+    monkeypatch.setattr(ops, "nsa_attention", spy)
+
+    @jax.jit
+    def run_layers(params):
+        model = run.network.model(params)
+        x = model.embed(tokens[None])
+        for layer in model.unstacked_layers():
+            x = layer(x, None)
+        return seen
+
+    seen = run_layers(run.params)
+    assert len(seen) == choices.blocks.shape[0] == 2
+    for (blocks, gates), chosen, mean in zip(seen, choices.blocks, choices.gates, strict=True):
+        np.testing.assert_array_equal(chosen, blocks[0])
+        np.testing.assert_allclose(mean, gates[0].mean(axis=0), rtol=1e-5)
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and keeps what the page shows and what it would load."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.images, self.loads, self.cells, self.words, self.tags = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append(tag)
+        if tag == "img":
+            assert attributes["alt"]
+            self.images.append(attributes["src"])
+        elif tag not in ("meta", "br"):
+            self.open.append(tag)
+        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "poster")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells.append(data)
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
+
+def test_inspect_writes_a_page_that_needs_nothing_else(tiny_run, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "new" / "folder"
+    monkeypatch.setattr("train.runs.open_run", lambda *_, **__: tiny_run.run._replace(folder=tmp_path / "a<b>&c"))
+    assert main(["inspect", "--run", str(tiny_run.folder), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    names = ["inspect.html", "inspect.json", "selected_blocks.png", "gates.png", "unions.png", "coverage.png"]
+    names += ["blocks_layer_00.png", "blocks_layer_01.png"]
+    assert printed == "written: " + ", ".join(str(output / name) for name in names) + "\n"
+    assert {path.name for path in output.iterdir()} == {*names}
+
+    text = load_own_corpus(tiny_run.run).validation[0].text
+    tokens = jnp.asarray(tiny_run.run.tokenizer.encode(text)[:32], jnp.int32)
+    found = json.loads((output / "inspect.json").read_text())
+    expected = numbers(*look_closely(tiny_run.run.network, tiny_run.run.params, tokens), tiny_run.config.model.nsa)
+    assert {name: found[name] for name in expected} == json.loads(json.dumps(expected))
+    assert (found["step"], found["context"], found["nsa"]["select_block"]) == (40, 32, 4)
+
+    html = (output / "inspect.html").read_text()
+    page = Page(html)
+    pictures = {(output / name).read_bytes() for name in names if name.endswith(".png")}
+    assert len(page.images) == len(pictures) == 6
+    assert {
+        base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True) for source in page.images
+    } == (pictures)
+    assert page.loads == page.images and not re.search(r"https?://|@import|url\(", html.replace("data:image", ""))
+    assert "link" not in page.tags and page.tags.count("script") == 1
+    words = " ".join(page.words)
+    assert "a<b>&c" in words and "<b>" not in html.replace("</b>", "")
+    assert "20 of the 32 queries, from position 12 on" in words
+    # Each number of the table, which is what a reader without pictures has.
+    for layer in found["layers"]:
+        row = [str(layer["layer"])]
+        row += [f"{np.mean(layer['gates'][name]):.2f}" for name in ("compressed", "selected", "window")]
+        row += [f"{np.mean(layer['mean_union'][count]):.1f}" for count in ("2", "4", "8", "16")]
+        row += [f"{x:.1%}" for x in (np.mean(layer["covered"]), min(layer["covered"]), max(layer["covered"]))]
+        row += [f"{np.mean(layer['best']):.1%}"]
+        assert any(page.cells[at : at + len(row)] == row for at in range(len(page.cells)))
+
+
+def test_inspect_reads_what_it_is_told_to(tiny_run, tmp_path, monkeypatch):
+    read = []
+
+    def look_at(network, params, tokens):
+        read.append(tokens.tolist())
+        length = len(tokens)
+        blocks = jnp.zeros((1, length, 1, 3), jnp.int32).at[..., 1:].set(-1)
+        return Choices(blocks, jnp.full((1, 2, 3), 0.5)), Mass(jnp.ones((1, 2, length)), jnp.ones((1, 2, length)))
+
+    monkeypatch.setattr(inspection, "look_closely", look_at)
+    monkeypatch.setattr("train.runs.open_run", lambda *_, **__: tiny_run.run)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over a lazy dog")
+    flags = ["inspect", "--run", str(tiny_run.folder), "--text", str(text), "--output", str(tmp_path / "out")]
+    for more, length in (([], 32), (["--length", "1"], 1), (["--length", "40", "--beyond-context"], 40)):
+        assert main([*flags, *more]) == 0
+        assert bytes(read.pop()) == text.read_bytes()[:length]
+        page = Page((tmp_path / "out" / "inspect.html").read_text())
+        words = " ".join(page.words)
+        assert f"The first {length} tokens" in words and str(text) in words
+        assert ("more than the context that it was trained with" in words) == (length == 40)
+        # Of one token there is no overlap, and nobody chooses.
+        assert len(page.images) == (4 if length == 1 else 5)
+        assert ("No query has to choose" in words) == ("–" in page.cells) == (length == 1)
+
+
+def test_inspect_refuses_what_it_cannot_read(tiny_run, tmp_path):
+    def inspect(text="the quick brown fox jumps over a lazy dog", **options):
+        inspect_text(tiny_run.run, text, tmp_path / "out", source="text", **options)
+
+    for length in (0, -3):
+        with pytest.raises(ValueError, match=f"length={length} must be at least 1 token"):
+            inspect(length=length)
+    with pytest.raises(
+        ValueError, match=r"length=33 is more than the context=32 that .* was trained with: give at most"
+    ):
+        inspect(length=33)
+    with pytest.raises(ValueError, match="length=99 is more than the 41 tokens of the text"):
+        inspect(length=99, beyond_context=True)
+    with pytest.raises(ValueError, match="length=12 is more than the 5 tokens of the text"):
+        inspect(text="quick", length=12)
+    with pytest.raises(ValueError, match="the text is empty"):
+        inspect(text="")
+    run = tiny_run.run._replace(config=replace_model(tiny_run.config, attention="full"))
+    with pytest.raises(ValueError, match="was trained with attention='full': only 'nsa' selects blocks"):
+        inspect_text(run, "text", tmp_path / "out", source="text")
+    assert not (tmp_path / "out").exists()
