@@ -1,7 +1,6 @@
-"""`python -m train run PRESET`, `eval loss`, `generate`, `inspect`. jax is imported once the command line is understood."""
+"""`python -m train run PRESET`, `eval TASK`, `generate`, `inspect`. jax is imported once the command line is understood."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from train.checkpoint import CheckpointError
-from train.config import PRESETS, TrainConfig
+from train.config import PRESETS, NeedleTask, TrainConfig
 from train.errors import Diverged, Interrupted
 
 PROG = "python -m train"
@@ -64,7 +63,7 @@ def eval_loss(
     """Measure the loss of trained runs on held-out text, in nats per token and bits per byte.
 
     Prints it overall and by position in the context; writes loss_SPLIT.json and, with all the runs in one figure,
-    loss_by_position.png.
+    loss_by_position.png. What is done is kept in loss_SPLIT.parts.jsonl: the same command goes on after an interruption.
 
     Args:
         run: Run folders, one or more.
@@ -76,23 +75,150 @@ def eval_loss(
     if not run:
         raise ValueError("--run names no folder: give one or more")
     from train import plots
-    from train.evaluate import evaluate_loss
+    from train.evaluate import evaluate_losses
+    from train.evaluation import write_json
     from train.runs import open_run
 
-    table = {}
-    for folder in run:
-        opened = open_run(folder, step=step)
-        result = evaluate_loss(opened, split=split, text=text)
-        table[str(folder)] = dataclasses.asdict(result)
-        print(f"{folder}, step {opened.step}, {text or f'{opened.config.data.text} ({split})'}: {result}")
+    table, output = {}, output or run[0]
+    opened = [open_run(folder, step=step) for folder in run]
+    for one, result in zip(opened, evaluate_losses(opened, output, split=split, text=text), strict=True):
+        table[str(one.folder)] = dataclasses.asdict(result)
+        print(f"{one.folder}, step {one.step}, {text or f'{one.config.data.text} ({split})'}: {result}")
         for bucket in result.by_position:
             print(f"  positions {bucket.start:>6} to {bucket.end - 1:<6}  loss {bucket.loss:.4f}")
-    output = output or run[0]
-    output.mkdir(parents=True, exist_ok=True)
-    written = output / f"loss_{'text' if text else split}.json"
-    written.write_text(json.dumps(table, indent=1) + "\n")
+    written = write_json(output / f"loss_{'text' if text else split}.json", table)
     positions = {folder: result["by_position"] for folder, result in table.items()}
     print(f"written: {written}, {plots.loss_by_position(positions, output / 'loss_by_position.png')}")
+
+
+def eval_niah(
+    run: Path,
+    tasks: tuple[NeedleTask, ...] = (),
+    lengths: tuple[int, ...] = (),
+    depths: int = 11,
+    examples: int = 8,
+    generate: int = 4,
+    batch_size: int = 4,
+    split: Literal["validation", "test", "train"] = "validation",
+    text: str | None = None,
+    seed: int = 0,
+    beyond_context: bool = False,
+    step: int | None = None,
+    output: Path | None = None,
+) -> None:
+    """Hide needles in a held-out text and ask a trained run for them, by depth and length.
+
+    The tasks are RULER's and the passkey, scored teacher-forced; a part is decoded through the cache as well. With attention
+    nsa, the selection hit rate too: how often the blocks that a query selects hold the token that it has to repeat. Writes
+    niah.json, niah.png and niah_selection.png. What is done is kept in niah.parts.jsonl: the same command goes on after an
+    interruption. A model finds needles only where it was trained to, as `run niah` does.
+
+    Args:
+        run: Run folder.
+        tasks: What to hide; all that fit if not given.
+        lengths: Of prompt and answer, in tokens of the run's tokenizer; 1/8, 1/4, 1/2 and all of the context if not given.
+        depths: Number of depths, evenly from 0 to 100 percent of the haystack's sentences.
+        examples: Of a task, length and depth.
+        generate: Examples of a task and length that are decoded too; 0 for none.
+        batch_size: Examples at a time.
+        split: Part of the run's own text that is the haystack.
+        text: Another text for it: "austen", "stdlib", a file, a folder or a glob.
+        seed: Of the examples.
+        beyond_context: Allow lengths beyond the context that the run was trained with.
+        step: Checkpoint to read; the last one if not given.
+        output: Folder for the results; the run folder if not given.
+    """
+    from train import plots
+    from train.evaluate_niah import evaluate_niah, mean_hit_rates
+    from train.evaluation import write_json
+    from train.runs import open_run
+
+    output = output or run
+    result = evaluate_niah(
+        open_run(run, step=step),
+        output,
+        tasks=tasks,
+        lengths=lengths,
+        depths=depths,
+        examples=examples,
+        generate=generate,
+        batch_size=batch_size,
+        split=split,
+        text=text,
+        seed=seed,
+        beyond_context=beyond_context,
+    )
+    for task, found in result["tasks"].items():
+        cells = found["cells"]
+        mean = sum(cell["exact"] for cell in cells) / len(cells)
+        print(f"{task:<10} exact {mean:6.1%}  haystack: {found['haystack']}")
+        for decoded in found.get("decoded", ()):
+            agree, exact, count = decoded["agree"], decoded["exact"], decoded["examples"]
+            print(
+                f"  length {decoded['length']}: {count} decoded, {agree:.0%} as teacher forcing says, {exact:.0%} exact"
+            )
+    written = [
+        write_json(output / "niah.json", result),
+        plots.needle_map({task: found["cells"] for task, found in result["tasks"].items()}, output / "niah.png"),
+    ]
+    if hit_rates := mean_hit_rates(result):
+        written.append(plots.hit_rates(hit_rates, output / "niah_selection.png"))
+    print("written: " + ", ".join(map(str, written)))
+
+
+def eval_mqar(
+    run: tuple[Path, ...],
+    lengths: tuple[int, ...] = (),
+    pairs: tuple[int, ...] = (),
+    examples: int = 256,
+    batch_size: int = 32,
+    seed: int = 0,
+    beyond_context: bool = False,
+    step: int | None = None,
+    output: Path | None = None,
+) -> None:
+    """Multi-query associative recall of trained runs, to zoology's definition: key-value pairs, then the keys.
+
+    Writes mqar.json and mqar.png: the share of queries answered right by length and number of pairs. What is done is kept in
+    mqar.parts.jsonl: the same command goes on after an interruption. A model recalls only where it was trained to, as
+    `run mqar` does.
+
+    Args:
+        run: Run folders, one or more.
+        lengths: Tokens of an example, even, below the size of the vocabulary; 64 to 512 if not given.
+        pairs: Key-value pairs, at most a quarter of the length; 4 to 64 if not given.
+        examples: Of a length and number of pairs.
+        batch_size: Examples at a time.
+        seed: Of the examples.
+        beyond_context: Allow lengths beyond the context that a run was trained with.
+        step: Checkpoint to read; the last one if not given.
+        output: Folder for the results; the first run folder if not given.
+    """
+    if not run:
+        raise ValueError("--run names no folder: give one or more")
+    from train import plots
+    from train.evaluate_mqar import evaluate_mqar
+    from train.evaluation import write_json
+    from train.runs import open_run
+
+    output = output or run[0]
+    results = evaluate_mqar(
+        [open_run(folder, step=step) for folder in run],
+        output,
+        lengths=lengths,
+        pairs=pairs,
+        examples=examples,
+        batch_size=batch_size,
+        seed=seed,
+        beyond_context=beyond_context,
+    )
+    for folder, result in results.items():
+        print(f"{folder}, step {result['step']}")
+        for cell in result["cells"]:
+            print(f"  length {cell['length']:>5}  pairs {cell['pairs']:>3}  accuracy {cell['accuracy']:6.1%}")
+    written = write_json(output / "mqar.json", results)
+    figure = plots.recall({folder: result["cells"] for folder, result in results.items()}, output / "mqar.png")
+    print(f"written: {written}, {figure}")
 
 
 def generate(
@@ -216,6 +342,8 @@ def _cli(function: Callable[..., None], name: str) -> Callable[[Sequence[str]], 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "run": ("train a language model: run PRESET", run_command),
     "eval loss": ("loss of trained runs on held-out text, overall and by position", _cli(eval_loss, "eval loss")),
+    "eval niah": ("needles in a haystack, by depth and length", _cli(eval_niah, "eval niah")),
+    "eval mqar": ("multi-query associative recall", _cli(eval_mqar, "eval mqar")),
     "generate": ("continue prompts with a trained run", _cli(generate, "generate")),
     "inspect": ("show what a trained run reads: selected blocks, gates, overlap, coverage", _cli(inspect, "inspect")),
 }

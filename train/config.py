@@ -12,6 +12,17 @@ from typing import Any, Literal
 from nsa_jax.config import NSAConfig
 
 AttentionName = Literal["nsa", "full", "window"]
+NeedleTask = Literal[
+    "passkey",
+    "single_1",
+    "single_2",
+    "single_3",
+    "multikey_1",
+    "multikey_2",
+    "multikey_3",
+    "multivalue",
+    "multiquery",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +73,20 @@ class DataConfig:
     """"bytes", "bpe:4096" (a BPE of that many tokens, trained on the text), or the path of a tokenizer.json."""
     packing: Literal["running", "documents"] = "running"
     """Whether attention and loss cross from one document to the next ("running") or not ("documents")."""
+    task: Literal["none", "niah", "mqar"] = "none"
+    """What is mixed into the text: needles in a haystack of it (niah), or key-value pairs to recall (mqar)."""
+    task_share: float = 0.5
+    """Share of the sequences that are of the task."""
+    task_weight: float = 1.0
+    """Weight in the loss of a task sequence, which counts at its answers alone; that of a text sequence is 1."""
+    task_lengths: tuple[int, ...] = ()
+    """Tokens of an example, drawn from these; as many as fit share a sequence. The context if not given."""
+    curriculum_steps: int = 0
+    """Steps over which the longer task_lengths join the shortest, one by one; 0: all from the start."""
+    needles: tuple[NeedleTask, ...] = ("single_2", "multikey_1")
+    """niah: tasks that are drawn from; they say how many needles there are (see `eval niah`)."""
+    pairs: tuple[int, ...] = (4,)
+    """mqar: key-value pairs of an example, drawn from those of these that fit: at most a quarter of its length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +172,39 @@ class TrainConfig:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulate={optimizer.accumulate}")
         if not 0 <= optimizer.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps={optimizer.warmup_steps} must be at least 0 and below steps={self.steps}")
+        if self.data.task != "none":
+            self._check_task()
         if self.data.packing == "documents" and model.attention != "nsa" and self.context > MAX_PACKED_DENSE:
             raise ValueError(
                 f"packing='documents' with attention={model.attention!r} needs a mask of context x context: "
                 f"context={self.context} must be at most {MAX_PACKED_DENSE}, or packing be 'running', or attention 'nsa'"
+            )
+
+    def _check_task(self) -> None:
+        data = self.data
+        if not 0 < data.task_share <= 1:
+            raise ValueError(
+                f"task_share={data.task_share} must be above 0 and at most 1 (--task none leaves the task out)"
+            )
+        if not (data.task_weight > 0 and math.isfinite(data.task_weight)):
+            raise ValueError(f"task_weight={data.task_weight} must be positive and finite")
+        if data.curriculum_steps < 0:
+            raise ValueError(f"curriculum_steps={data.curriculum_steps} must be at least 0")
+        for length in data.task_lengths:
+            if not 1 <= length <= self.context:
+                raise ValueError(f"task_lengths={data.task_lengths} must lie between 1 and context={self.context}")
+        if data.task == "niah":
+            known = typing.get_args(NeedleTask)
+            if not data.needles or not set(data.needles) <= set(known):
+                raise ValueError(f"needles={data.needles} must be one or more of {', '.join(known)}")
+            return
+        if not data.pairs:
+            raise ValueError("pairs=() must have one number or more, as in --pairs 4 8")
+        # Else a key that two examples give different values has two right answers.
+        if data.packing == "running" and min(data.task_lengths, default=self.context) * 2 <= self.context:
+            raise ValueError(
+                f"task='mqar' with task_lengths={data.task_lengths} puts several examples in context={self.context}, "
+                "and they must not see each other: packing must be 'documents'"
             )
 
 
@@ -250,10 +304,15 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
         raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}: written by another version of nsa-jax?")
     return kind(
         **{
-            name: from_dict(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
+            name: from_dict(hints[name], value) if dataclasses.is_dataclass(hints[name]) else _freeze(value)
             for name, value in values.items()
         }
     )
+
+
+def _freeze(value: Any) -> Any:
+    """JSON knows lists alone."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

@@ -351,7 +351,10 @@ class Batches:
         """The batch of a step (0, 1, ...), whatever was asked for before."""
         if step < 0:
             raise ValueError(f"{step=} must not be negative")
-        windows = step * self._batch_size + np.arange(self._batch_size)
+        return self.read(step * self._batch_size + np.arange(self._batch_size))
+
+    def read(self, windows: npt.NDArray[np.int64]) -> Batch:
+        """Windows by their numbers in the whole run, `[B]`, ascending."""
         epochs, places = np.divmod(windows, self.windows_per_epoch)
         starts = [self._epoch(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
         return _read_windows(self._stream, np.concatenate(starts), context=self._context, packing=self._packing)

@@ -19,6 +19,7 @@ from train.errors import Diverged, Interrupted
 from train.evaluate import Loss, LossMeter
 from train.generate import Sampling, generate, prompt_tokens
 from train.inspection import draw_choices
+from train.mixture import Mixture
 from train.model import Network
 from train.report import Reporter, peak_flops, read_metrics
 from train.runs import Run, check_same_data, checkpoints_in, claim_folder, make_metadata, read_metadata, versions
@@ -50,13 +51,14 @@ def train(config: TrainConfig, folder: Path) -> Run:
     else:
         tokenizer = tokenizer_from_json(metadata["tokenizer"])
     stream, held_out = tokenize(corpus.train, tokenizer), tokenize(corpus.validation, tokenizer)
-    batches = Batches(
+    text = Batches(
         stream,
         context=config.context,
         batch_size=config.batch_size,
         seed=config.seed,
         packing=config.data.packing,
     )
+    batches = text if config.data.task == "none" else Mixture(text, corpus.train, tokenizer, config)
     prompt_tokens(tokenizer, config.prompt, config.context)  # else its error would come at the end
     network = Network(config.model, tokenizer.vocab_size)
     step_function, meter = make_train_step(network, config), LossMeter(network)

@@ -492,6 +492,141 @@ def gates(gates: ArrayLike, path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def needle_map(results: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> Path:
+    """Draw how often needles are found: a panel for each task, lengths to the right, depths downwards.
+
+    Args:
+        results: task -> cells `{"length": int, "depth": float, "exact": float}`, in any order: tokens, percent, and the share
+            of examples that are right. A length and depth that is not there is left blank.
+        path: the file to write.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: there is no task, or a task has no cell.
+    """
+    panels = {}
+    for task, cells in results.items():
+        if not cells:
+            raise ValueError(f"results[{task!r}]=[] must hold at least one cell")
+        lengths, depths = (sorted({cell[name] for cell in cells}) for name in ("length", "depth"))
+        values = np.full((len(depths), len(lengths)), np.nan)
+        for cell in cells:
+            values[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["exact"]
+        panels[task] = (values, [f"{depth:g}" for depth in depths], [_format_tokens(length) for length in lengths])
+    return _draw_shares(
+        panels, path, x="length (tokens)", y="depth (% of the sentences)", label="found (% of the examples)", side=2.6
+    )
+
+
+def hit_rates(results: Mapping[str, ArrayLike], path: str | Path) -> Path:
+    """Draw how often the blocks that a query selects hold the token that it has to repeat, for each layer and head.
+
+    Args:
+        results: title -> float `[L, K]`, shares for each layer and key/value head.
+        path: the file to write.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: there is no title, or a wrong shape.
+    """
+    panels = {}
+    for title, rates in results.items():
+        values = np.asarray(rates, np.float64)
+        if values.ndim != 2 or 0 in values.shape:
+            raise ValueError(f"results[{title!r}].shape={values.shape} must be [L, K], none of them empty")
+        panels[title] = (values, [str(i) for i in range(len(values))], [str(i) for i in range(values.shape[1])])
+    return _draw_shares(panels, path, x="key/value head", y="layer", label="needle's block selected (%)", side=2.2)
+
+
+def recall(results: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> Path:
+    """Draw the accuracy of associative recall over the number of pairs: a panel for each length, a line for each run.
+
+    Args:
+        results: label -> cells `{"length": int, "pairs": int, "accuracy": float}`, in any order.
+        path: the file to write.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: there is no label, or a label has no cell.
+    """
+    if not results:
+        raise ValueError("results={} must hold at least one label -> cells")
+    for label, cells in results.items():
+        if not cells:
+            raise ValueError(f"results[{label!r}]=[] must hold at least one cell")
+    lengths = sorted({cell["length"] for cells in results.values() for cell in cells})
+    figure = _new_figure(1.4 + 2.4 * len(lengths), 3.4)
+    for index, length in enumerate(lengths):
+        axes = figure.add_subplot(1, len(lengths), index + 1)
+        _style_axes(axes)
+        axes.set_xscale("log", base=2)
+        axes.set(ylim=(-0.02, 1.02))
+        for (label, cells), (colour, marker) in zip(results.items(), _run_styles(), strict=False):
+            points = sorted((cell["pairs"], cell["accuracy"]) for cell in cells if cell["length"] == length)
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, **LINE, label=label)
+        axes.xaxis.set_major_formatter(_format_tokens)
+        axes.xaxis.set_tick_params(which="minor", length=0)
+        axes.tick_params(labelleft=index == 0)
+        axes.set_title(f"{length} tokens", fontsize=9, color=INK, pad=4)
+    figure.supxlabel("key-value pairs (log scale)", fontsize=10, color=INK)
+    figure.supylabel("queries answered right", fontsize=10, color=INK)
+    handles = [line for axes in figure.axes for line in axes.get_lines()]
+    named = {str(line.get_label()): line for line in handles}
+    figure.legend(
+        named.values(), named.keys(), loc="outside upper left", ncols=2, frameon=False, fontsize=9, labelcolor=INK
+    )
+    return _save(figure, path)
+
+
+def _draw_shares(
+    panels: Mapping[str, tuple[NDArray[np.float64], Sequence[str], Sequence[str]]],
+    path: str | Path,
+    *,
+    x: str,
+    y: str,
+    label: str,
+    side: float,
+) -> Path:
+    """Panels of shares in [0, 1], each with the names of its rows and columns; small ones have the percentages written in."""
+    if not panels:
+        raise ValueError("results={} must hold at least one panel")
+    from matplotlib.colors import LinearSegmentedColormap
+
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    figure = _new_figure(1.4 + side * columns, 0.7 + side * rows)
+    colours = LinearSegmentedColormap.from_list("shares", [_rgb(UNREAD), _rgb(RUN_COLOURS[0])])
+    shown = None
+    for index, (title, (values, row_names, column_names)) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _style_axes(axes)
+        axes.grid(visible=False)
+        shown = axes.imshow(100 * values, cmap=colours, vmin=0, vmax=100, **CELLS)
+        for axis, names in ((axes.xaxis, column_names), (axes.yaxis, row_names)):
+            every = -(-len(names) // 12)
+            axis.set_ticks(range(0, len(names), every), names[::every])
+        if max(values.shape) <= 12:
+            for (row, column), value in np.ndenumerate(values):
+                if isfinite(value):
+                    axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=INK)
+        axes.set_title(title, fontsize=9, color=INK, pad=4)
+    figure.supxlabel(x, fontsize=10, color=INK)
+    figure.supylabel(y, fontsize=10, color=INK)
+    assert shown is not None
+    bar = figure.colorbar(shown, ax=figure.axes, pad=0.02, aspect=30)
+    bar.set_label(label, fontsize=9, color=INK)
+    bar.ax.tick_params(labelsize=8, labelcolor=INK, length=0)
+    bar.outline.set_visible(False)
+    return _save(figure, path)
+
+
 def reading_pattern(path: str | Path, *, config: BlockSizes, num_tokens: int, blocks: ArrayLike) -> Path:
     """Draw what each query of a sequence reads: full causal attention on the left, the three branches on the right.
 

@@ -123,7 +123,7 @@ class Reporter:
             if self._peak:
                 row["mfu"] = speed * self._flops_per_token / self._peak
                 line += f"  MFU {row['mfu']:.1%}"
-            line += f"  ETA {_duration((self._steps - step) * seconds / done)}"
+            line += f"  ETA {duration((self._steps - step) * seconds / done)}"
         if skipped:
             line += f"  skipped {skipped}"
         self._write(row)
@@ -221,7 +221,7 @@ def _si(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

@@ -1,0 +1,390 @@
+"""Needles and recall of planted and of real models, and evaluations that are interrupted."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import MODEL, make_config, random_params, replace_model, save_untrained
+from train import evaluate_mqar, evaluate_niah
+from train.__main__ import main
+from train.checkpoint import CheckpointError
+from train.data import Document
+from train.draws import Draws
+from train.evaluate_mqar import choose_cells, measure_cell
+from train.evaluate_niah import SelectionAnswers, agreement, mean_hit_rates, score
+from train.evaluation import Answers, Parts
+from train.model import Network
+from train.niah import RECIPES, NeedleMaker, make_haystack
+from train.runs import open_run
+from train.tokenizer import ByteTokenizer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytest_plugins = ["tests.tiny_fixtures"]
+
+VOCAB = 257
+STORY = "".join(f" Sentence {i} says nothing new; but it says so {i % 7} times." for i in range(60))
+
+
+class Planted:
+    """A network whose model predicts what a function of the tokens `[B, T]` says, `[B, T]`."""
+
+    def __init__(self, predict):
+        self.predict = predict
+
+    def model(self, params):
+        return self
+
+    def hidden(self, tokens):
+        shape = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
+        return jax.nn.one_hot(jax.pure_callback(self.predict, shape, tokens), VOCAB)
+
+    def logits(self, hidden):
+        return hidden
+
+
+def recalls(tokens):
+    """After a key, the token that followed it at first."""
+    tokens = np.asarray(tokens)
+    first = np.argmax(tokens[:, None, :] == tokens[:, :, None], axis=2)
+    return np.take_along_axis(tokens, np.minimum(first + 1, tokens.shape[1] - 1), axis=1).astype(np.int32)
+
+
+def finds_needles(tokens):
+    """Reads the prompt alone, and writes the answer from where it ends."""
+    predicted = np.zeros(tokens.shape, np.int32)
+    for row, ids in enumerate(np.asarray(tokens)):
+        text = ByteTokenizer().decode(ids)
+        prompt = text[: re.search(r"\nWhat .* (is|is:|are:)(?= )", text).end()]
+        question = prompt[prompt.rindex("\nWhat") :]
+        if "pass key" in question:
+            values = re.findall(r"The pass key is (\d+)\.", prompt)
+        else:
+            keys = re.search(r" for (.*) in the text", question).group(1).replace(" and ", " ").split(", ")
+            values = [value for key in keys for value in re.findall(rf"for {key} is: (\S+)\.", prompt)]
+        answer = ByteTokenizer().encode(" " + ", ".join(values))
+        predicted[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)] = answer
+    return predicted
+
+
+def says_five(tokens):
+    return np.full(tokens.shape, ord("5"), np.int32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planted models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def recall_accuracy(predict):
+    return measure_cell(
+        Answers(Planted(predict)),
+        {},
+        48,
+        6,
+        8,
+        vocab_size=VOCAB,
+        examples=250,
+        batch_size=100,
+        seed=0,
+    )
+
+
+def test_a_model_that_recalls_has_every_query_right():
+    cell = recall_accuracy(recalls)
+    assert cell["accuracy"] == 1 and cell["queries"] == 1500
+
+
+def test_a_blind_model_recalls_by_chance():
+    cell = recall_accuracy(lambda tokens: np.full(tokens.shape, 200, np.int32))
+    assert cell["chance"] == 1 / 129
+    assert cell["accuracy"] == pytest.approx(cell["chance"], abs=0.006)
+
+
+def test_a_model_that_takes_any_value_has_one_in_so_many():
+    cell = recall_accuracy(lambda tokens: np.repeat(tokens[:, 3:4], tokens.shape[1], axis=1))
+    assert cell["accuracy"] == cell["accuracy_of_any_of_the_values"] == 1 / 6
+
+
+def planted_scores(predict, task, num=8):
+    maker = NeedleMaker(ByteTokenizer(), make_haystack([Document("story", STORY)], ByteTokenizer()))
+    examples = [maker.make(Draws(seed), task, length=900, depth=10 * (seed % 11)) for seed in range(num)]
+    return score(Answers(Planted(predict)), {}, examples, num_selected=1, select_block=1)
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_a_model_that_finds_needles_has_them_all(task):
+    for one in planted_scores(finds_needles, task, num=3):
+        assert one.exact and one.values == one.tokens == 1 and one.hit_rate is None
+
+
+def test_a_blind_model_finds_nothing_but_a_digit_by_chance():
+    scores = planted_scores(says_five, "multivalue", num=30)
+    assert not any(one.exact or one.values for one in scores)
+    # Of a value's 8 bytes the space is no digit, and the first digit no zero.
+    assert np.mean([one.tokens for one in scores]) == pytest.approx((1 / 9 + 6 / 10) / 8, abs=0.025)
+
+
+def test_values_count_one_by_one():
+    def half(tokens):
+        predicted = finds_needles(tokens)
+        for row, ids in enumerate(np.asarray(tokens)):
+            last = ByteTokenizer().decode(ids).rindex(",")
+            predicted[row, last:] = ord("x")
+        return predicted
+
+    for one in planted_scores(half, "multiquery", num=2):
+        assert not one.exact and one.values == one.tokens == 3 / 4
+
+
+def test_agreement_ends_at_the_first_wrong_token():
+    expected, wrong = np.array([1, 2, 3, 4]), np.array([1, 2, 9, 4])
+    assert agreement(expected, expected, np.array([1, 2, 3, 4]))
+    assert not agreement(expected, expected, np.array([1, 2, 3, 5]))
+    assert agreement(expected, wrong, np.array([1, 2, 9, 7]))
+    assert not agreement(expected, wrong, np.array([1, 2, 3, 4]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is selected
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_hits_are_the_blocks_that_the_layers_select():
+    network = Network(MODEL, VOCAB)
+    params = random_params(network)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCAB, (2, 60)).astype(np.int32)
+    positions = rng.integers(40, 60, (2, 5)).astype(np.int32)
+    sources = rng.integers(0, 40, (2, 5)).astype(np.int32)
+    predicted, hits = SelectionAnswers(network)(params, tokens, positions, sources)
+    np.testing.assert_array_equal(predicted, Answers(network)(params, tokens, positions))
+    assert hits.shape == (2, 5, 2, 1) and 0 < hits.mean() < 1
+
+    @jax.jit
+    def select(params, tokens):
+        model = network.model(params)
+        x, blocks = model.embed(tokens), []
+        for layer in model.unstacked_layers():
+            blocks.append(layer.attention.select_blocks(layer.attention_norm(x)))
+            x = layer(x, None)
+        return jnp.stack(blocks)
+
+    blocks = np.asarray(select(params, jnp.asarray(tokens)))
+    for row, answer, layer, head in np.ndindex(hits.shape):
+        chosen = blocks[layer, row, positions[row, answer], head]
+        assert hits[row, answer, layer, head] == (sources[row, answer] // MODEL.nsa.select_block in chosen)
+
+
+def test_a_hit_rate_is_the_mean_over_the_tokens_of_values():
+    """A model that hits wherever the wanted token is before the middle: all of what was asked for, or none."""
+    maker = NeedleMaker(ByteTokenizer(), make_haystack([Document("story", STORY)], ByteTokenizer()))
+    examples = [maker.make(Draws(0), "single_2", length=900, depth=depth) for depth in (5, 95)]
+
+    class Half(SelectionAnswers):
+        def __init__(self):
+            pass
+
+        def __call__(self, params, tokens, positions, sources):
+            return np.zeros(positions.shape, np.int32), (sources < 450)[:, :, None, None] & np.ones((1, 1, 3, 2), bool)
+
+    early, late = score(Half(), {}, examples, num_selected=3, select_block=100)
+    assert (early.hit_rate == np.ones((3, 2))).all() and (late.hit_rate == np.zeros((3, 2))).all()
+    assert early.chance == pytest.approx(3 / 9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Untrained, with NSA and with the window alone."""
+    base = tmp_path_factory.mktemp("runs")
+    (base / "text.txt").write_text(STORY * 10)
+    config = make_config(base / "text.txt", context=384)
+    save_untrained(base / "nsa", config, step=3)
+    save_untrained(base / "window", replace_model(config, attention="window", num_layers=1), step=3)
+    return base
+
+
+NIAH = ["--lengths", "320", "384", "--depths", "2", "--examples", "2", "--batch-size", "2", "--generate", "2"]
+
+
+def test_eval_niah_goes_on_after_an_interruption(runs, tmp_path, capsys, monkeypatch):
+    command = [
+        "eval",
+        "niah",
+        "--run",
+        str(runs / "nsa"),
+        "--tasks",
+        "single_2",
+        "--text",
+        str(runs / "text.txt"),
+        *NIAH,
+    ]
+    compiled = SelectionAnswers(open_run(runs / "nsa").network)
+
+    class Compiled(SelectionAnswers):
+        """Once for all of these starts."""
+
+        def __init__(self, network):
+            self._answer = compiled._answer
+
+    monkeypatch.setattr(evaluate_niah, "SelectionAnswers", Compiled)
+    assert main([*command, "--output", str(tmp_path / "whole")]) == 0
+    whole = json.loads((tmp_path / "whole" / "niah.json").read_text())
+    out = capsys.readouterr().out
+    assert "single_2   exact   0.0%  haystack: " in out and "2 decoded, 100% as teacher forcing says, 0% exact" in out
+    (task,) = whole["tasks"].values()
+    assert [(cell["length"], cell["depth"]) for cell in task["cells"]] == [(320, 0), (320, 100), (384, 0), (384, 100)]
+    assert [decoded["agree"] for decoded in task["decoded"]] == [1, 1]
+    assert np.shape(task["cells"][0]["hit_rate"]) == (2, 1)
+    assert task["cells"][0]["hit_rate_of_random_blocks"] == pytest.approx(3 / 78, rel=0.05)
+    for name in ("niah.png", "niah_selection.png"):
+        assert (tmp_path / "whole" / name).read_bytes().startswith(b"\x89PNG")
+    assert list(mean_hit_rates(whole)) == ["single_2, 384 tokens"]
+
+    counted, score = [], evaluate_niah.score
+
+    def interrupted(*args, **kwargs):
+        counted.append(1)
+        if len(counted) == 4:
+            raise KeyboardInterrupt
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate_niah, "score", interrupted)
+    command += ["--output", str(tmp_path / "parts")]
+    assert main(command) == 130
+    assert "niah stopped at part 3 of 6" in capsys.readouterr().err
+    assert not (tmp_path / "parts" / "niah.json").exists()
+    with (tmp_path / "parts" / "niah.parts.jsonl").open("a") as file:
+        file.write('{"part": "single_2 length 3')  # a line that a killed process left
+    assert main(command) == 0
+    assert "has 3 of 6 parts: going on" in capsys.readouterr().out
+    assert len(counted) == 4 + 3
+    assert json.loads((tmp_path / "parts" / "niah.json").read_text()) == whole
+
+    assert main([*command, "--seed", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "is of other settings, so it starts anew:\n  seed: 0 there, 1 here" in out
+    assert len(counted) == 7 + 6
+
+
+def test_a_run_without_nsa_has_no_hit_rates(runs, tmp_path, capsys):
+    command = ["eval", "niah", "--run", str(runs / "window"), *NIAH[3:], "--generate", "0", "--output", str(tmp_path)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "has attention='window', which selects nothing: no hit rates" in out
+    assert "left out: multiquery, length=384 is too short" in out
+    result = json.loads((tmp_path / "niah.json").read_text())
+    assert set(result["tasks"]) == {"passkey", "single_1", "single_2", "single_3", "multikey_2"}
+    assert {cell["length"] for cell in result["tasks"]["passkey"]["cells"]} == {192, 384}
+    assert "hit_rate" not in result["tasks"]["passkey"]["cells"][0]
+    assert not (tmp_path / "niah_selection.png").exists()
+
+
+def test_eval_mqar_measures_several_runs(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate_mqar, "Answers", lambda network: Answers(Planted(recalls)))
+    folders = [str(runs / "nsa"), str(runs / "window")]
+    flags = ["--lengths", "32", "64", "--pairs", "2", "16", "--examples", "5", "--batch-size", "4"]
+    command = ["eval", "mqar", "--run", *folders, *flags, "--output", str(tmp_path)]
+    assert main(command) == 0
+    results = json.loads((tmp_path / "mqar.json").read_text())
+    assert list(results) == folders
+    for result in results.values():
+        assert [(cell["length"], cell["pairs"], cell["accuracy"]) for cell in result["cells"]] == [
+            (32, 2, 1),
+            (64, 2, 1),
+            (64, 16, 1),
+        ]
+    assert (tmp_path / "mqar.png").read_bytes().startswith(b"\x89PNG")
+    assert "length    64  pairs  16  accuracy 100.0%" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate_mqar, "Answers", lambda network: Answers(Planted(None)))
+    assert main(command) == 0  # all is kept
+
+
+def test_recall_of_a_real_model(runs):
+    run = open_run(runs / "window")
+    sizes = {64: (4, 8, 16), 128: (4, 8, 16, 32), 256: (4, 8, 16, 32, 64)}
+    assert choose_cells(run, (), (), beyond_context=False) == [(length, n) for length in sizes for n in sizes[length]]
+    results = evaluate_mqar.evaluate_mqar([run], runs / "mqar", lengths=(64,), examples=64)
+    for cell in results[str(runs / "window")]["cells"]:
+        assert cell["accuracy"] < 0.05  # it is untrained
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["niah", "--lengths", "512"], "length=512 is longer than the context of 384 tokens"),
+        (["niah", "--lengths", "0"], "lengths=\\(0,\\) must be at least 1"),
+        (["niah", "--lengths", "200", "--tasks", "single_2"], "length=200 is too short for 'single_2'"),
+        (["niah", "--lengths", "100"], "no task fits:\n  left out: passkey, length=100 is too short"),
+        (["niah", "--examples", "0"], "examples=0 must be at least 1"),
+        (["mqar", "--lengths", "512"], "length=512 is longer than the context of 384 tokens"),
+        (
+            ["mqar", "--lengths", "258", "--pairs", "4"],
+            "vocab_size=257 of the tokenizer must be larger than length=258",
+        ),
+        (["mqar", "--lengths", "63"], "length=63 must be even"),
+        (["mqar", "--lengths", "12"], "length=12 has room for 3 pairs at most"),
+        (["mqar", "--pairs", "90"], "pairs=90 must be at least 1, and need a length of 360"),
+        (["mqar", "--examples", "0"], "examples=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(runs, tmp_path, capsys, command, message):
+    assert main(["eval", *command, "--run", str(runs / "nsa"), "--output", str(tmp_path / "out")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lengths_beyond_the_context_are_measured_when_wanted(runs):
+    assert choose_cells(open_run(runs / "window"), (128, 256), (4,), beyond_context=True)
+    run = open_run(runs / "window")
+    run = run._replace(config=make_config(runs / "text.txt", context=100))
+    with pytest.raises(ValueError, match="--beyond-context to measure it"):
+        choose_cells(run, (128,), (4,), beyond_context=False)
+    assert choose_cells(run, (128,), (4,), beyond_context=True) == [(128, 4)]
+
+
+def test_a_wrong_run_folder_is_said(tmp_path, capsys):
+    for task in ("niah", "mqar", "loss"):
+        assert main(["eval", task, "--run", str(tmp_path / "none")]) == 1
+        assert "there is no run folder" in capsys.readouterr().err
+    with pytest.raises(CheckpointError):
+        open_run(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_computed_once_and_read_back_exactly(tmp_path, capsys):
+    settings, computed = dict(seed=0, lengths=(1, 2)), []
+
+    def compute(number):
+        computed.append(number)
+        return dict(third=number / 3, array=np.full((2,), 0.1))
+
+    with Parts(tmp_path / "new", "some", settings, total=3) as parts:
+        first = [parts(f"part {number}", compute, number) for number in range(2)]
+        assert parts("part 0", compute, 0) == first[0]
+    assert first[1] == dict(third=1 / 3, array=[0.1, 0.1])
+    with Parts(tmp_path / "new", "some", settings, total=3) as parts:
+        assert [parts(f"part {number}", compute, number) for number in range(3)][:2] == first
+    assert computed == [0, 1, 2]
+    out = capsys.readouterr().out
+    assert "some.parts.jsonl has 2 of 3 parts: going on" in out and "some 3/3  part 2" in out
+
+
+def test_an_error_leaves_what_was_done(tmp_path):
+    with pytest.raises(ZeroDivisionError), Parts(tmp_path, "some", {}, total=2) as parts:
+        parts("one", lambda: 1)
+        parts("two", lambda: 1 // 0)
+    with Parts(tmp_path, "some", {}, total=2) as parts:
+        assert parts("one", lambda: 2) == 1

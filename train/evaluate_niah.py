@@ -1,0 +1,357 @@
+"""Needles in a haystack of a trained run: exact match by depth and length, and whether attention selects what it has to read.
+
+Teacher-forced: the model is given prompt and answer at once, and has an example right when the most likely token is the
+answer's at every position of a value. Greedy decoding would then write it; a subset is decoded through the cache to see so.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Int32
+
+from nsa_jax.module import NativeSparseAttention
+from train.config import NeedleTask
+from train.data import load_documents
+from train.draws import Draws
+from train.evaluate import Split
+from train.evaluation import Answers, Parts, check_lengths, describe_run
+from train.generate import Sampling, generate_tokens
+from train.model import Network, Params
+from train.niah import RECIPES, NeedleMaker, Needles, make_haystack
+from train.runs import Run, load_own_corpus
+
+TASKS: tuple[NeedleTask, ...] = get_args(NeedleTask)
+# Answers are padded to a multiple of this, so that all tasks of a length share one program.
+ANSWER_MULTIPLE = 64
+
+
+class Seen(NamedTuple):
+    """What a model answers, and whether its L layers and K key/value heads select the block of the token to be repeated."""
+
+    predicted: Int32[Array, "B A"]
+    hits: Bool[Array, "B A L K"]
+
+
+class SelectionAnswers:
+    """`Answers` of a model with NSA, and what it selects at these positions; compiled once for each shape."""
+
+    def __init__(self, network: Network):
+        select_block = network.config.nsa.select_block
+
+        def answer(
+            params: Params,
+            tokens: Int32[Array, "B T"],
+            positions: Int32[Array, "B A"],
+            sources: Int32[Array, "B A"],
+        ) -> Seen:
+            model = network.model(params)
+            graph, stacked = nnx.split(model.layers)
+            wanted = (sources // select_block)[:, :, None, None]
+
+            def one_layer(x: Array, state: Any) -> tuple[Array, Array]:
+                layer = nnx.merge(graph, state)
+                assert isinstance(layer.attention, NativeSparseAttention)
+                blocks = layer.attention.select_blocks(layer.attention_norm(x))
+                here = jnp.take_along_axis(blocks, positions[:, :, None, None], axis=1)
+                return layer(x, None), (here == wanted).any(axis=-1)
+
+            x, hits = lax.scan(one_layer, model.embed(tokens), stacked)
+            hidden = jnp.take_along_axis(model.norm(x), positions[:, :, None], axis=1)
+            predicted = jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
+            return Seen(predicted, jnp.moveaxis(hits, 0, 2))
+
+        self._answer = jax.jit(answer)
+
+    def __call__(
+        self, params: Params, tokens: np.ndarray, positions: np.ndarray, sources: np.ndarray
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        seen = self._answer(params, *map(jnp.asarray, (tokens, positions, sources)))
+        return np.asarray(seen.predicted), np.asarray(seen.hits)
+
+
+class Score(NamedTuple):
+    """Of one example."""
+
+    exact: bool  # every token of every value
+    values: float  # share of the values that are right: RULER's measure
+    tokens: float  # share of the tokens of values
+    predicted: npt.NDArray[np.int32]  # [A]
+    hit_rate: npt.NDArray[np.float64] | None  # [L, K]: share of the tokens of values whose block is selected
+    chance: float | None  # the same for blocks drawn at random
+
+
+def score(
+    answers: Answers | SelectionAnswers,
+    params: Params,
+    examples: Sequence[Needles],
+    *,
+    num_selected: int,
+    select_block: int,
+) -> list[Score]:
+    """Scores of examples of one length; see `Score`."""
+    longest = max(len(example.value) for example in examples)
+    padded = -(-longest // ANSWER_MULTIPLE) * ANSWER_MULTIPLE
+    tokens = np.stack([example.tokens for example in examples])
+    positions = np.zeros((len(examples), padded), np.int32)
+    sources = np.zeros((len(examples), padded), np.int32)
+    for row, example in enumerate(examples):
+        # The token at position p is answered at p - 1.
+        positions[row, : len(example.value)] = example.answer_start - 1 + np.arange(len(example.value))
+        sources[row, : len(example.value)] = np.maximum(example.source, 0)
+    hits = None
+    if isinstance(answers, SelectionAnswers):
+        predicted, hits = answers(params, tokens, positions, sources)
+    else:
+        predicted = answers(params, tokens, positions)
+    scores = []
+    for row, example in enumerate(examples):
+        size, of_value = len(example.value), example.value >= 0
+        own = predicted[row, :size]
+        right = own == example.tokens[example.answer_start :]
+        values = [right[example.value == value].all() for value in range(example.value.max() + 1)]
+        hit_rate = chance = None
+        if hits is not None:
+            hit_rate = hits[row, :size][of_value].mean(axis=0)
+            candidates = positions[row, :size][of_value] // select_block + 1
+            chance = float(np.minimum(1, num_selected / candidates).mean())
+        scores.append(Score(all(values), float(np.mean(values)), float(right[of_value].mean()), own, hit_rate, chance))
+    return scores
+
+
+def agreement(expected: np.ndarray, predicted: np.ndarray, generated: np.ndarray) -> bool:
+    """Whether decoding says what teacher forcing says it will: the same tokens up to the first that is wrong, and that one.
+
+    Behind a wrong token the two read different texts.
+    """
+    wrong = np.flatnonzero(predicted != expected)
+    end = int(wrong[0]) + 1 if len(wrong) else len(expected)
+    return bool((predicted[:end] == generated[:end]).all())
+
+
+def decode(run: Run, prompts: Int32[np.ndarray, "B T"], num_tokens: int) -> npt.NDArray[np.int32]:
+    """The most likely continuation, through the cache."""
+    drawn = generate_tokens(
+        run.network,
+        run.params,
+        jnp.asarray(prompts),
+        jax.random.key(0),
+        max_tokens=num_tokens,
+        sampling=Sampling(temperature=0.0),
+    )
+    return np.asarray(drawn)
+
+
+def evaluate_niah(
+    run: Run,
+    folder: Path,
+    *,
+    tasks: tuple[NeedleTask, ...] = (),
+    lengths: tuple[int, ...] = (),
+    depths: int = 11,
+    examples: int = 8,
+    generate: int = 4,
+    batch_size: int = 4,
+    split: Split = "validation",
+    text: str | None = None,
+    seed: int = 0,
+    beyond_context: bool = False,
+) -> dict[str, Any]:
+    """Measure a run on needles, with what is done kept in a folder.
+
+    Args:
+        run: trained.
+        folder: for the parts.
+        tasks: all that fit if not given.
+        lengths: in tokens of the run's tokenizer; an eighth, a quarter, half of the context and all of it if not given.
+        depths: number of depths, evenly from 0 to 100 percent.
+        examples: of a task, length and depth.
+        generate: examples of a task and length that are decoded too; 0: none.
+        batch_size: examples at a time.
+        split, text: the haystack's text: of the run's own, or another one.
+        seed: of the examples.
+        beyond_context: allow lengths that the run was not trained for.
+
+    Returns:
+        JSON values: of each task its cells (a length and a depth), hit rates (with attention "nsa") and decoded examples.
+
+    Raises:
+        ValueError: a number or a length out of range, a task that does not fit.
+    """
+    for name, number, least in (
+        ("depths", depths, 1),
+        ("examples", examples, 1),
+        ("batch_size", batch_size, 1),
+        ("generate", generate, 0),
+    ):
+        if number < least:
+            raise ValueError(f"{name}={number} must be at least {least}")
+    context = run.config.context
+    documents = getattr(load_own_corpus(run), split) if text is None else load_documents(text)
+    maker = NeedleMaker(run.tokenizer, make_haystack(documents, run.tokenizer))
+    check_lengths(run, lengths, beyond_context=beyond_context)
+    chosen, left_out = _choose(
+        maker,
+        tasks,
+        lengths or tuple(sorted({context // 8, context // 4, context // 2, context} - {0})),
+        may_leave_out=not (tasks and lengths),
+    )
+    percents = [round(100 * i / max(1, depths - 1)) for i in range(depths)]
+    named = [document.name for document in documents]
+    haystack = text or f"{run.config.data.text} ({split}): {', '.join(named[:3])}{', ...' * (len(named) > 3)}"
+    settings = dict(
+        run=describe_run(run),
+        haystack=haystack,
+        chosen=chosen,
+        depths=percents,
+        examples=examples,
+        generate=generate,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    selects = run.config.model.attention == "nsa"
+    answers = SelectionAnswers(run.network) if selects else Answers(run.network)
+    nsa = run.config.model.nsa
+    measure = functools.partial(
+        score, answers, run.params, num_selected=nsa.num_selected, select_block=nsa.select_block
+    )
+
+    def make(task: NeedleTask, length: int, depth: int, index: int) -> Needles:
+        return maker.make(Draws(seed, TASKS.index(task), length, depth, index), task, length=length, depth=depth)
+
+    results: dict[str, Any] = {}
+    with Parts(folder, "niah", settings, total=len(chosen) * (depths + bool(generate))) as parts:
+        for line in left_out:
+            parts.say(line)
+        if not selects:
+            parts.say(f"{run.folder} has attention={run.config.model.attention!r}, which selects nothing: no hit rates")
+        for task, length in chosen:
+            result = results.setdefault(task, dict(haystack=_describe_haystack(task, haystack), cells=[]))
+            for depth in percents:
+                name = f"{task} length {length} depth {depth}"
+                result["cells"].append(
+                    parts(
+                        name,
+                        _measure_cell,
+                        measure,
+                        functools.partial(make, task, length, depth),
+                        length,
+                        depth,
+                        examples,
+                        batch_size,
+                    )
+                )
+            if generate:
+                some = functools.partial(
+                    _measure_decoding, run, measure, functools.partial(make, task, length), percents
+                )
+                result.setdefault("decoded", []).append(
+                    parts(f"{task} length {length} decoded", some, length, generate)
+                )
+    return dict(
+        run=str(run.folder),
+        step=run.step,
+        context=context,
+        attention=run.config.model.attention,
+        tokenizer=run.config.data.tokenizer,
+        differs_from_ruler=(
+            "haystack text in place of the essays; words of train/words.py; other prompts; lengths in tokens of the run's "
+            "tokenizer; values are expected in order"
+        ),
+        left_out=left_out,
+        tasks=results,
+    )
+
+
+def mean_hit_rates(result: dict[str, Any]) -> dict[str, list]:
+    """Of what `evaluate_niah` returned: task -> `[L][K]`, the mean over the depths of its longest length; empty without NSA."""
+    rates = {}
+    for task, found in result["tasks"].items():
+        longest = max(cell["length"] for cell in found["cells"])
+        some = [cell["hit_rate"] for cell in found["cells"] if "hit_rate" in cell and cell["length"] == longest]
+        if some:
+            rates[f"{task}, {longest} tokens"] = np.mean(some, axis=0).tolist()
+    return rates
+
+
+def _choose(
+    maker: NeedleMaker, tasks: tuple[NeedleTask, ...], lengths: tuple[int, ...], *, may_leave_out: bool
+) -> tuple[list[tuple[NeedleTask, int]], list[str]]:
+    """The tasks and lengths that go together, and a line for each pair that does not."""
+    if unknown := [task for task in tasks if task not in RECIPES]:
+        raise ValueError(f"there is no task {unknown[0]!r}, choose from {', '.join(RECIPES)}")
+    chosen, left_out = [], []
+    for task in tasks or TASKS:
+        for length in lengths:
+            try:
+                maker.make(Draws(0), task, length=length, depth=0)
+                chosen.append((task, length))
+            except ValueError as error:
+                if not may_leave_out:
+                    raise
+                left_out.append(f"left out: {task}, {error}")
+    if not chosen:
+        raise ValueError("no task fits:\n  " + "\n  ".join(left_out))
+    return chosen, left_out
+
+
+def _describe_haystack(task: NeedleTask, text: str) -> str:
+    kinds = dict(
+        noise="repeated sentences", needles="needles of other keys", text=f"{text}, in place of RULER's essays"
+    )
+    return kinds[RECIPES[task].haystack]
+
+
+def _measure_cell(
+    measure: Callable[[Sequence[Needles]], list[Score]],
+    make: Callable[[int], Needles],
+    length: int,
+    depth: int,
+    examples: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    scores: list[Score] = []
+    for first in range(0, examples, batch_size):
+        scores += measure([make(index) for index in range(first, first + batch_size)])
+    scores = scores[:examples]
+    cell: dict[str, Any] = dict(
+        length=length,
+        depth=depth,
+        examples=examples,
+        **{name: float(np.mean([getattr(one, name) for one in scores])) for name in ("exact", "values", "tokens")},
+    )
+    hit_rates = [one.hit_rate for one in scores if one.hit_rate is not None]
+    if hit_rates:
+        cell["hit_rate"] = np.mean(hit_rates, axis=0)
+        cell["hit_rate_of_random_blocks"] = float(np.mean([one.chance for one in scores if one.chance is not None]))
+    return cell
+
+
+def _measure_decoding(
+    run: Run,
+    measure: Callable[[Sequence[Needles]], list[Score]],
+    make: Callable[[int, int], Needles],
+    percents: Sequence[int],
+    length: int,
+    count: int,
+) -> dict[str, Any]:
+    """Of examples over all depths; those with the most usual lengths of prompt and answer, which make one batch."""
+    some = [make(percents[index * len(percents) // count], index // len(percents)) for index in range(count)]
+    usual = Counter(example.answer_start for example in some).most_common(1)[0][0]
+    some = [example for example in some if example.answer_start == usual]
+    prompts = np.stack([example.tokens[:usual] for example in some])
+    generated = decode(run, prompts, length - usual)
+    agree, exact = 0, 0
+    for example, one, text in zip(some, measure(some), generated, strict=True):
+        expected = example.tokens[usual:]
+        agree += agreement(expected, one.predicted, text)
+        exact += bool((text == expected).all())
+    return dict(length=length, examples=len(some), agree=agree / len(some), exact=exact / len(some))
