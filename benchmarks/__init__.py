@@ -1,7 +1,9 @@
-"""Speed, measured: `python -m benchmarks.attention` against full attention, `python -m benchmarks.tune` for tile sizes.
+"""Speed, measured: `python -m benchmarks.attention` and `.decode` against full attention, `.tune` for tile sizes.
 
 attention.py   the passes of nsa_attention beside full attention, at several lengths: JSON, figure, table
 tune.py        the fastest tiles of each kernel, into pallas_kernels/tiles.json
+decode.py      one step of decoding beside full attention on its KV cache; tiles of its kernels
+steps.py       what that measures: an attention step, a step of a whole model
 problems.py    inputs at the size of real models, and how alike the choices of neighbouring queries are
 checks.py      what must hold before anything is timed
 timing.py      ahead-of-time compilation, and the rule of measurement

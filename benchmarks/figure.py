@@ -21,14 +21,8 @@ def draw_attention(results: Sequence[dict[str, Any]], path: Path, *, title: str)
         path: .png, .svg or .pdf.
         title: above all panels.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('figures need matplotlib: pip install "nsa-jax[train]"') from error
     groups = sorted({row["kv_heads"] for row in results})
-    figure = Figure(figsize=(9.6, 0.9 + 3.4 * len(groups)), dpi=DPI, facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(rows=len(groups))
     panels = figure.subplots(len(groups), 2, squeeze=False)
     for (times, ratios), kv_heads in zip(panels, groups, strict=True):
         rows = sorted((row for row in results if row["kv_heads"] == kv_heads), key=lambda row: row["length"])
@@ -37,8 +31,59 @@ def draw_attention(results: Sequence[dict[str, Any]], path: Path, *, title: str)
         times.set_title(f"{kv_heads} key/value heads", loc="left", fontsize=9, color=INK)
         for axes in (times, ratios):
             _style(axes, [row["length"] for row in rows])
+    return _finish(figure, panels[0][0], path, title)
+
+
+def draw_decode(results: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
+    """Two panels: microseconds of a step of decoding, and how many times faster than cuDNN; a colour for each batch.
+
+    Args:
+        results: rows of the record of `benchmarks.decode`; what failed or was skipped leaves a gap.
+        path, title: as in `draw_attention`.
+    """
+    figure = _figure(rows=1)
+    times, ratios = figure.subplots(1, 2)
+    batches = sorted({row["batch"] for row in results})
+    for batch, color in zip(batches, RUN_COLOURS):
+        rows = sorted((row for row in results if row["batch"] == batch), key=lambda row: row["length"])
+        name = f"{batch} sequence{'s' if batch > 1 else ''}"
+        for which, label, dashes in (("full", "cuDNN", DASHES["alike"]), ("nsa", "NSA", DASHES["random"])):
+            microseconds = [(row["length"], _scaled(row[which].get("ms"), 1e3)) for row in rows]
+            _plot(times, microseconds, "forward", color=color, linestyle=dashes, label=f"{label}, {name}")
+        _plot(ratios, [(row["length"], row.get("ratio")) for row in rows], "forward", color=color)
+    times.set_yscale("log")
+    times.set_ylabel("time of a step (µs, log scale)", fontsize=10, color=INK)
+    ratios.axhline(1.0, color=INK, linewidth=0.7)
+    ratios.set_ylim(bottom=0)
+    ratios.set_ylabel("times faster than cuDNN", fontsize=10, color=INK)
+    for axes in (times, ratios):
+        _style(axes, sorted({row["length"] for row in results}))
+        axes.set_xlabel("tokens in the cache (log scale)", fontsize=10, color=INK)
+    return _finish(figure, times, path, title)
+
+
+def describe(shape: Shape, device_kind: str) -> str:
+    """The figure's title."""
+    size = f"{shape.head_dim}" if shape.head_dim == shape.value_head_dim else f"{shape.head_dim}/{shape.value_head_dim}"
+    return f"{device_kind}, {shape.dtype}, batch {shape.batch}, {shape.heads} query heads of {size}, causal"
+
+
+def _figure(*, rows: int) -> Any:
+    """Room for rows of two panels."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "nsa-jax[train]"') from error
+    figure = Figure(figsize=(9.6, 0.9 + 3.4 * rows), dpi=DPI, facecolor=PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _finish(figure: Any, axes: Any, path: Path, title: str) -> Path:
+    """Title, legend (that of `axes`) and file."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
-    handles, labels = panels[0][0].get_legend_handles_labels()
+    handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles,
         labels,
@@ -55,10 +100,8 @@ def draw_attention(results: Sequence[dict[str, Any]], path: Path, *, title: str)
     return path
 
 
-def describe(shape: Shape, device_kind: str) -> str:
-    """The figure's title."""
-    size = f"{shape.head_dim}" if shape.head_dim == shape.value_head_dim else f"{shape.head_dim}/{shape.value_head_dim}"
-    return f"{device_kind}, {shape.dtype}, batch {shape.batch}, {shape.heads} query heads of {size}, causal"
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
 
 
 def _draw_times(axes: Any, rows: Sequence[dict[str, Any]]) -> None:

@@ -327,7 +327,8 @@ def test_entries_are_merged_by_key_and_sorted():
 
 
 def test_every_kernel_with_a_tile_has_candidates():
-    tiled = {field.name for field in dataclasses.fields(Tiles)} - {"by_block"}
+    # Those of decoding are in benchmarks/decode.py.
+    tiled = {field.name for field in dataclasses.fields(Tiles) if not field.name.startswith("decode")} - {"by_block"}
     assert tiled == tune.CANDIDATES.keys()
     for kernel, candidates in tune.CANDIDATES.items():
         assert len(set(candidates)) == len(candidates)
