@@ -1,6 +1,7 @@
 """`python -m train run PRESET`, `eval TASK`, `generate`, `inspect`. jax is imported once the command line is understood."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
