@@ -206,27 +206,18 @@ def runs(tmp_path_factory):
     """Untrained, with NSA and with the window alone."""
     base = tmp_path_factory.mktemp("runs")
     (base / "text.txt").write_text(STORY * 10)
-    config = make_config(base / "text.txt", context=384)
+    config = replace_model(make_config(base / "text.txt", context=384), num_layers=1)
     save_untrained(base / "nsa", config, step=3)
-    save_untrained(base / "window", replace_model(config, attention="window", num_layers=1), step=3)
+    save_untrained(base / "window", replace_model(config, attention="window"), step=3)
     return base
 
 
-NIAH = ["--lengths", "320", "384", "--depths", "2", "--examples", "2", "--batch-size", "2", "--generate", "2"]
+NIAH = ["--depths", "3", "--examples", "2", "--batch-size", "2"]
 
 
 def test_eval_niah_goes_on_after_an_interruption(runs, tmp_path, capsys, monkeypatch):
-    command = [
-        "eval",
-        "niah",
-        "--run",
-        str(runs / "nsa"),
-        "--tasks",
-        "single_2",
-        "--text",
-        str(runs / "text.txt"),
-        *NIAH,
-    ]
+    command = ["eval", "niah", "--run", str(runs / "nsa"), *NIAH, "--generate", "2"]
+    command += ["--tasks", "single_2", "--text", str(runs / "text.txt"), "--lengths", "320"]
     compiled = SelectionAnswers(open_run(runs / "nsa").network)
 
     class Compiled(SelectionAnswers):
@@ -241,42 +232,42 @@ def test_eval_niah_goes_on_after_an_interruption(runs, tmp_path, capsys, monkeyp
     out = capsys.readouterr().out
     assert "single_2   exact   0.0%  haystack: " in out and "2 decoded, 100% as teacher forcing says, 0% exact" in out
     (task,) = whole["tasks"].values()
-    assert [(cell["length"], cell["depth"]) for cell in task["cells"]] == [(320, 0), (320, 100), (384, 0), (384, 100)]
-    assert [decoded["agree"] for decoded in task["decoded"]] == [1, 1]
-    assert np.shape(task["cells"][0]["hit_rate"]) == (2, 1)
-    assert task["cells"][0]["hit_rate_of_random_blocks"] == pytest.approx(3 / 78, rel=0.05)
+    assert [(cell["length"], cell["depth"]) for cell in task["cells"]] == [(320, 0), (320, 50), (320, 100)]
+    assert [decoded["agree"] for decoded in task["decoded"]] == [1]
+    assert np.shape(task["cells"][0]["hit_rate"]) == (1, 1)
+    assert task["cells"][0]["hit_rate_of_random_blocks"] == pytest.approx(3 / 79, rel=0.05)
     for name in ("niah.png", "niah_selection.png"):
         assert (tmp_path / "whole" / name).read_bytes().startswith(b"\x89PNG")
-    assert list(mean_hit_rates(whole)) == ["single_2, 384 tokens"]
+    assert list(mean_hit_rates(whole)) == ["single_2, 320 tokens"]
 
     counted, score = [], evaluate_niah.score
 
     def interrupted(*args, **kwargs):
         counted.append(1)
-        if len(counted) == 4:
+        if len(counted) == 3:
             raise KeyboardInterrupt
         return score(*args, **kwargs)
 
     monkeypatch.setattr(evaluate_niah, "score", interrupted)
     command += ["--output", str(tmp_path / "parts")]
     assert main(command) == 130
-    assert "niah stopped at part 3 of 6" in capsys.readouterr().err
+    assert "niah stopped at part 2 of 4" in capsys.readouterr().err
     assert not (tmp_path / "parts" / "niah.json").exists()
     with (tmp_path / "parts" / "niah.parts.jsonl").open("a") as file:
         file.write('{"part": "single_2 length 3')  # a line that a killed process left
     assert main(command) == 0
-    assert "has 3 of 6 parts: going on" in capsys.readouterr().out
-    assert len(counted) == 4 + 3
+    assert "has 2 of 4 parts: going on" in capsys.readouterr().out
+    assert len(counted) == 3 + 2
     assert json.loads((tmp_path / "parts" / "niah.json").read_text()) == whole
 
     assert main([*command, "--seed", "1"]) == 0
     out = capsys.readouterr().out
     assert "is of other settings, so it starts anew:\n  seed: 0 there, 1 here" in out
-    assert len(counted) == 7 + 6
+    assert len(counted) == 5 + 4
 
 
 def test_a_run_without_nsa_has_no_hit_rates(runs, tmp_path, capsys):
-    command = ["eval", "niah", "--run", str(runs / "window"), *NIAH[3:], "--generate", "0", "--output", str(tmp_path)]
+    command = ["eval", "niah", "--run", str(runs / "window"), *NIAH, "--generate", "0", "--output", str(tmp_path)]
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "has attention='window', which selects nothing: no hit rates" in out

@@ -284,6 +284,73 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=200, accumulate=2),
         ),
     ),
+    "mqar": (
+        "0.1 million parameters that learn associative recall (eval mqar): 2 minutes on 2 CPU cores",
+        TrainConfig(
+            name="mqar",
+            context=128,
+            batch_size=16,
+            steps=400,
+            log_every=20,
+            eval_every=100,
+            eval_batches=16,
+            checkpoint_every=100,
+            prompt="She had been ",
+            data=DataConfig(
+                packing="documents",
+                task="mqar",
+                task_share=0.8,
+                task_lengths=(16, 32, 64, 128),
+                curriculum_steps=100,
+                pairs=(2, 4, 8, 16, 32),
+            ),
+            model=ModelConfig(
+                num_layers=2,
+                model_dim=64,
+                num_heads=2,
+                num_kv_heads=1,
+                head_dim=32,
+                value_head_dim=32,
+                mlp_dim=128,
+                dtype="float32",
+                # A compressed token stands for a pair, so that recall takes one look and not two: with 8 and 4, the same
+                # model answers less than half of the queries after twice as many steps.
+                nsa=NSAConfig(
+                    compress_block=2, compress_stride=2, select_block=8, num_selected=6, num_local=2, window=16
+                ),
+            ),
+            optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50, final_fraction=0.0),
+        ),
+    ),
+    "niah": (
+        "34 million parameters that are taught to find needles (eval niah), 8k tokens of context: one GPU",
+        TrainConfig(
+            name="niah",
+            context=8192,
+            batch_size=8,
+            steps=3000,
+            data=DataConfig(
+                tokenizer="bpe:4096",
+                task="niah",
+                task_share=0.3,
+                task_lengths=(512, 1024, 2048, 4096, 8192),
+                curriculum_steps=1500,
+                needles=typing.get_args(NeedleTask),
+            ),
+            model=ModelConfig(
+                num_layers=8,
+                model_dim=512,
+                num_heads=16,
+                num_kv_heads=1,
+                head_dim=64,
+                value_head_dim=64,
+                mlp_dim=1408,
+                rope_theta=100_000.0,
+                remat="attention",
+            ),
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100),
+        ),
+    ),
 }
 
 
