@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from nsa_jax.config import NSAConfig
 from nsa_jax.shapes import KeyValue
@@ -66,9 +66,6 @@ def init_cache(
     )
 
 
-Arrays = tuple[Array, ...]
-
-
 class Window(NamedTuple):
     """Keys and values of the window branch for a chunk of queries: the last w tokens of the cache, then the chunk's own."""
 
@@ -85,7 +82,6 @@ def extend(
     num_real: Int32[Array, "B"],
     compress: Callable[[KeyValue, Int32[Array, "B C"]], KeyValue],
     config: NSAConfig,
-    write_rows: Callable[[Arrays, Arrays, Arrays], Arrays],
 ) -> NSACache:
     """Append T tokens, of which the first `num_real[b]` of sequence b are real; the others leave no trace.
 
@@ -97,7 +93,6 @@ def extend(
         compress: from uncompressed keys and values `[B, X, K, ...]` and the positions `[B, C]` of the compressed tokens that
             they give, to those compressed tokens as attention reads them.
         config: sizes.
-        write_rows: writes the rows of one token (T = 1), as `scatter_rows` does, which writes those of several.
 
     Returns:
         The cache with the new tokens. A token at `max_length` or beyond is counted in `lengths` and not written. A jitted
@@ -108,27 +103,13 @@ def extend(
     # A token that is not real may hold anything, NaN too: it must not meet a real one in a product with zero.
     compression = _only(real, compression)
     positions = cache.lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
-    rows = (
-        _compressed_rows(cache, compression, num_real, compress, config),
-        _Rows(selected, jnp.where(real, positions, cache.max_length)),
-        _ring_rows(window, positions, num_real, config.window),
-        _ring_rows(compression, positions, num_real, config.compress_block),
+    return NSACache(
+        compressed=_extend_compressed(cache, compression, num_real, compress, config),
+        selected=_write(cache.selected, selected, positions, real),
+        window=_write_ring(cache.window, window, positions, num_real),
+        uncompressed=_write_ring(cache.uncompressed, compression, positions, num_real),
+        lengths=cache.lengths + num_real,
     )
-    arrays = tuple(array for pair in cache[:4] for array in pair)
-    new = tuple(array for branch in rows for array in branch.new)
-    places = tuple(branch.place for branch in rows for _ in branch.new)
-    written = (write_rows if num_new == 1 else scatter_rows)(arrays, new, places)
-    compressed, selected, window, uncompressed = (KeyValue(*written[i : i + 2]) for i in range(0, len(written), 2))
-    return NSACache(compressed, selected, window, uncompressed, cache.lengths + num_real)
-
-
-def scatter_rows(arrays: Arrays, new: Arrays, places: Arrays) -> Arrays:
-    """`arrays` `[B, L, K, D]` with `new` `[B, X, K, D]` in the rows `places` int32 `[B, X]`; those from L on are dropped."""
-
-    def scatter(array: Array, new: Array, place: Array) -> Array:
-        return jax.vmap(lambda x, new, rows: x.at[rows].set(new.astype(x.dtype), mode="drop"))(array, new, place)
-
-    return tuple(map(scatter, arrays, new, places))
 
 
 def recent_window(cache: NSACache, new: KeyValue, num_real: Int32[Array, "B"], config: NSAConfig) -> Window:
@@ -152,20 +133,13 @@ def _only(real: Bool[Array, "B T"], new: KeyValue) -> KeyValue:
     return jax.tree.map(lambda x: jnp.where(real[:, :, None, None], x, 0), new)
 
 
-class _Rows(NamedTuple):
-    """New rows of a branch, and their places; one past the end is nowhere."""
-
-    new: KeyValue
-    place: Int32[Array, "B X"]
-
-
-def _compressed_rows(
+def _extend_compressed(
     cache: NSACache,
     new: KeyValue,
     num_real: Int32[Array, "B"],
     compress: Callable[[KeyValue, Int32[Array, "B C"]], KeyValue],
     config: NSAConfig,
-) -> _Rows:
+) -> KeyValue:
     l, d = config.compress_block, config.compress_stride
     have = _num_compressed(cache.lengths, config)
     count = -(-new.key.shape[1] // d)  # T more tokens complete at most ceil(T / d) blocks
@@ -176,7 +150,7 @@ def _compressed_rows(
     tokens = _take(tokens, jnp.minimum(row, tokens.key.shape[1] - 1))
     index = have[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
     complete = index < _num_compressed(cache.lengths + num_real, config)[:, None]
-    return _Rows(compress(tokens, index * d), jnp.where(complete, index, cache.compressed.key.shape[1]))
+    return _write(cache.compressed, compress(tokens, index * d), index, complete)
 
 
 def _num_compressed(lengths: Int32[Array, "B"], config: NSAConfig) -> Int32[Array, "B"]:
@@ -187,8 +161,19 @@ def _take(x: KeyValue, rows: Int32[Array, "B X"]) -> KeyValue:
     return jax.tree.map(lambda x: jnp.take_along_axis(x, rows[:, :, None, None], axis=1), x)
 
 
-def _ring_rows(new: KeyValue, positions: Int32[Array, "B X"], num_real: Int32[Array, "B"], size: int) -> _Rows:
+def _write(x: KeyValue, new: KeyValue, rows: Int32[Array, "B X"], keep: Bool[Array, "B X"]) -> KeyValue:
+    """`x` with the rows that `keep` names replaced by `new`; rows beyond its end are dropped."""
+    rows = jnp.where(keep, rows, x.key.shape[1])
+
+    def write(x: Float[Array, "B L K D"], new: Float[Array, "B X K D"]) -> Float[Array, "B L K D"]:
+        return jax.vmap(lambda x, rows, new: x.at[rows].set(new.astype(x.dtype), mode="drop"))(x, rows, new)
+
+    return jax.tree.map(write, x, new)
+
+
+def _write_ring(ring: KeyValue, new: KeyValue, positions: Int32[Array, "B X"], num_real: Int32[Array, "B"]) -> KeyValue:
     # Of several tokens that fall on one row of the ring, the last real one stays.
+    size = ring.key.shape[1]
     index = jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :]
     keep = (index < num_real[:, None]) & (index >= num_real[:, None] - size)
-    return _Rows(new, jnp.where(keep, positions % size, size))
+    return _write(ring, new, positions % size, keep)

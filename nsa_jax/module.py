@@ -318,7 +318,6 @@ class NativeSparseAttention(nnx.Module):
             num_real=num_real,
             compress=self._compress_at,
             config=self.config,
-            write_rows=ops.row_writer(projections.query, cache, config=self.config, implementation=self.implementation),
         )
         attend: Callable[..., Out]
         where: dict[str, Any]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int32
 
 import pallas_kernels
 from nsa_jax import reference
-from nsa_jax.cache import Arrays, NSACache, scatter_rows, unroll
+from nsa_jax.cache import unroll
 from nsa_jax.config import NSAConfig, check_attention_inputs, check_decode_inputs, check_inputs
 from nsa_jax.shapes import Blocks, CompressedKey, Gates, KeyValue, Out, Position, Query, SegmentIds
 
@@ -23,15 +23,13 @@ ImplementationName = Literal["xla", "pallas", "pallas_interpret"]
 class Implementation(NamedTuple):
     """One way to compute NSA; signatures as in `reference.py`, but `attend` chooses the blocks itself if they are None.
 
-    `decode_step(query, compressed, selected, window, gates, lengths, *, config, scale)` is the function of that name, below;
-    `write_rows` puts one new token's rows into a cache, as `cache.scatter_rows` does.
+    `decode_step(query, compressed, selected, window, gates, lengths, *, config, scale)` is the function of that name, below.
     The names of `SAVED_NAMES` are attached inside `attend`, where the backward pass finds them.
     """
 
     select_blocks: Callable[..., Blocks]
     attend: Callable[..., Out]
     decode_step: Callable[..., Out]
-    write_rows: Callable[[Arrays, Arrays, Arrays], Arrays] = scatter_rows
 
 
 # Compiled as a whole, so that a call outside of any jit does not compile operation by operation.
@@ -43,7 +41,6 @@ _STATIC = ("config", "scale", "interpret")
 _select_blocks_pallas = jax.jit(pallas_kernels.select_blocks, static_argnames=(*_STATIC, "num_keys"), inline=True)
 _attend_pallas = jax.jit(pallas_kernels.attend, static_argnames=_STATIC, inline=True)
 _decode_step_pallas = jax.jit(pallas_kernels.decode_step, static_argnames=_STATIC, inline=True)
-_write_rows_pallas = jax.jit(pallas_kernels.write_rows, static_argnames="interpret", inline=True)
 
 
 def _attend_xla(
@@ -81,11 +78,12 @@ def _decode_step_xla(
     return _attend_xla(query, compressed, selected, near, gates, None, window_start=window_start, **where)
 
 
-_PALLAS = (_select_blocks_pallas, _attend_pallas, _decode_step_pallas, _write_rows_pallas)
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(_select_blocks_xla, _attend_xla, _decode_step_xla),
-    "pallas": Implementation(*_PALLAS),
-    "pallas_interpret": Implementation(*(functools.partial(function, interpret=True) for function in _PALLAS)),
+    "pallas": Implementation(_select_blocks_pallas, _attend_pallas, _decode_step_pallas),
+    "pallas_interpret": Implementation(
+        *(functools.partial(f, interpret=True) for f in (_select_blocks_pallas, _attend_pallas, _decode_step_pallas))
+    ),
 }
 
 # "xla" has one output, "nsa_out", and no log-sum-exps. Under this policy a rematerialised layer keeps what attention
@@ -325,22 +323,6 @@ def decode_step(
         scale=scale,
     )
     return chosen.decode_step(query, compressed, selected, window, gates, lengths, config=config, scale=scale)
-
-
-def row_writer(
-    query: Query, cache: NSACache, *, config: NSAConfig, implementation: ImplementationName | None
-) -> Callable[[Arrays, Arrays, Arrays], Arrays]:
-    """`extend`'s `write_rows`, of the implementation that will read the cache for this query."""
-    chosen = _implementation(
-        implementation,
-        query,
-        kv_heads=cache.selected.key.shape[2],
-        config=config,
-        num_keys=cache.max_length,
-        value_size=cache.selected.value.shape[3],
-        scale=_scale(None, query),
-    )
-    return chosen.write_rows
 
 
 def _scale(scale: float | None, query: Query) -> float:

@@ -9,7 +9,6 @@ block_selection.py       importance of blocks and the choice of n
 selected_attention.py    kernels that read the chosen blocks, by query
 selected_by_block.py     the same by block, for small groups; dk and dv
 decode_attention.py      one query a sequence against a cache
-cache_rows.py            a cache's new rows, in place
 inverse_lists.py         the queries that chose each block
 flash.py                 what the kernels share
 tiles.py                 speed knobs; tiles.json: what was found fastest
@@ -19,7 +18,6 @@ support.py               what the kernels take
 import warnings
 
 from pallas_kernels.attention import attend, select_blocks
-from pallas_kernels.cache_rows import write_rows
 from pallas_kernels.decode_attention import decode_step
 from pallas_kernels.support import why_not, why_not_here
 
@@ -27,4 +25,4 @@ from pallas_kernels.support import why_not, why_not_here
 # users. The lowering comes after our functions have returned, so that only a filter for good can hold this one message.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
-__all__ = ["attend", "decode_step", "select_blocks", "why_not", "why_not_here", "write_rows"]
+__all__ = ["attend", "decode_step", "select_blocks", "why_not", "why_not_here"]

@@ -172,12 +172,19 @@ def test_chunks_of_any_sizes(sizes):
     close(np.concatenate(outs, axis=1), uncached(module))
 
 
-def test_no_row_of_a_ring_is_written_twice():
+def test_no_row_of_a_ring_is_written_twice(monkeypatch):
     """Of several tokens on a row the last stays, whatever order a device writes in. Ring of 5, positions from 8 on."""
-    new = KeyValue(jnp.zeros((4, 13, 1, 1)), jnp.zeros((4, 13, 1, 1)))
+    written = []
+
+    def record(ring, new, rows, keep):
+        written.append((np.asarray(rows), np.asarray(keep)))
+        return ring
+
+    monkeypatch.setattr(cache_module, "_write", record)
+    ring, new = (KeyValue(jnp.zeros((4, length, 1, 1)), jnp.zeros((4, length, 1, 1))) for length in (5, 13))
     positions = jnp.tile(jnp.arange(8, 21, dtype=jnp.int32), (4, 1))
-    rows = np.asarray(cache_module._ring_rows(new, positions, jnp.asarray([13, 7, 3, 0], jnp.int32), 5).place)
-    keep = rows < 5
+    cache_module._write_ring(ring, new, positions, jnp.asarray([13, 7, 3, 0], jnp.int32))
+    [(rows, keep)] = written
     kept = [list(zip(np.flatnonzero(keep[b]).tolist(), rows[b, keep[b]].tolist(), strict=True)) for b in range(4)]
     assert kept[0] == [(8, 1), (9, 2), (10, 3), (11, 4), (12, 0)]
     assert kept[1] == [(2, 0), (3, 1), (4, 2), (5, 3), (6, 4)]
@@ -284,7 +291,6 @@ def test_growing_by_a_token_costs_the_same_at_any_length(dtype):
         new = module.project(x, start=cache.lengths)
         branches = dict(compression=new.compression, selected=new.selected, window=new.window)
         more = dict(num_real=jnp.ones((2,), jnp.int32), compress=module._compress_at, config=SMALL)
-        more.update(write_rows=cache_module.scatter_rows)
         return cache_module.extend(cache, **branches, **more)
 
     temporaries = []

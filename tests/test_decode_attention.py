@@ -13,7 +13,6 @@ import pytest
 
 import pallas_kernels
 from nsa_jax import KeyValue, NSAConfig
-from nsa_jax.cache import scatter_rows
 from nsa_jax.ops import IMPLEMENTATIONS
 from nsa_jax.testing import CASES, SMALL, Case, assert_as_accurate, make_inputs
 from pallas_kernels import decode_attention, tiles
@@ -229,23 +228,3 @@ def test_configs_lower_for_cuda(config, dtype):
     for length in (1, 5000):
         kernels = 3 if config.num_compressed(length) else 2
         assert verified_kernels(lowered(config, batch=1, length=length, **sizes)) == kernels
-
-
-# A cache's new rows.
-
-
-def test_rows_are_written_where_they_belong_and_nowhere_else():
-    draw = np.random.default_rng(0).standard_normal
-    sizes = ((10, 16), (10, 24), (4, 5), (0, 8), (7, 192))
-    arrays = tuple(jnp.asarray(draw((3, length, 2, size)), jnp.bfloat16) for length, size in sizes)
-    new = tuple(jnp.asarray(draw((3, 1, 2, size)), jnp.float32) for _, size in sizes)
-    places = np.asarray([[0, 3, 1, 0, 6], [9, 10, 4, 0, 2], [2, 2, 3, 0, 7]], np.int32)  # some are past the end
-    columns = tuple(jnp.asarray(places[:, i : i + 1]) for i in range(5))
-    got = jax.jit(functools.partial(pallas_kernels.write_rows, interpret=True))(arrays, new, columns)
-    for one, other in zip(got, scatter_rows(arrays, new, columns), strict=True):
-        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
-    with for_cuda():
-        program = jax.jit(pallas_kernels.write_rows, donate_argnums=0).trace(arrays, new, columns)
-        program = program.lower(lowering_platforms=("cuda",))
-    assert verified_kernels(program) == 1
-    assert program.as_text().count("tf.aliasing_output") >= 4

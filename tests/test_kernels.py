@@ -67,7 +67,7 @@ def kernels_of(*, by_block: bool, selected_rows: int = 16) -> Implementation:
     }
     options = dict(tiles=dataclasses.replace(rule, **(selected | small), by_block=by_block), interpret=True)
     return Implementation(
-        *(functools.partial(getattr(pallas_kernels, name), **options) for name in Implementation._fields[:3])
+        *(functools.partial(getattr(pallas_kernels, name), **options) for name in Implementation._fields)
     )
 
 
