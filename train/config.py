@@ -285,7 +285,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "mqar": (
-        "0.1 million parameters that learn associative recall (eval mqar): 2 minutes on 2 CPU cores",
+        "0.1 million parameters that learn associative recall (eval mqar): minutes on 2 CPU cores",
         TrainConfig(
             name="mqar",
             context=128,
@@ -313,8 +313,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
                 value_head_dim=32,
                 mlp_dim=128,
                 dtype="float32",
-                # A compressed token stands for a pair, so that recall takes one look and not two: with 8 and 4, the same
-                # model answers less than half of the queries after twice as many steps.
+                # A compressed token stands for a pair, so that recall takes one look and not two.
                 nsa=NSAConfig(
                     compress_block=2, compress_stride=2, select_block=8, num_selected=6, num_local=2, window=16
                 ),
