@@ -285,7 +285,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "mqar": (
-        "0.1 million parameters that learn associative recall (eval mqar): minutes on 2 CPU cores",
+        "0.1 million parameters that learn associative recall (eval mqar): about a minute on 2 CPU cores",
         TrainConfig(
             name="mqar",
             context=128,
