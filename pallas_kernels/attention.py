@@ -81,9 +81,7 @@ class Places(NamedTuple):
     tokens: Ranges
     window: Ranges
     candidates: BlockRanges
-    forced: (
-        tuple[Ranges, Ranges] | None
-    )  # of the tokens, where every query's forced blocks are read apart from the others
+    forced: tuple[Ranges, Ranges] | None  # tokens of every query's forced blocks, where these are read apart
 
 
 class Saved(NamedTuple):

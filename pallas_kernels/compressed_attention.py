@@ -29,11 +29,9 @@ def compressed_forward(
 
     With packed documents there are `holes`: a compressed token that lies in two documents is read by none.
     """
-    reads = range_attention.Reads(key, value, (ranges,))
-    [found] = range_attention.forward(
-        query, (reads,), scale=scale, holes=holes, launch=launch, name="nsa_compressed_forward"
+    return range_attention.forward(
+        query, key, value, ranges, scale=scale, holes=holes, launch=launch, name="nsa_compressed_forward"
     )
-    return found
 
 
 def compressed_key_value_gradients(

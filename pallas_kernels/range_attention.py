@@ -47,79 +47,62 @@ def deltas(dout: Float[Array, "B T K G V"], outs: tuple[Float[Array, "B T K G V"
 # --------------------------------------------------------------------------------------------------------------- forward
 
 
-class Reads(NamedTuple):
-    """What one branch reads."""
-
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K V"]
-    ranges: tuple[Ranges, ...]  # of which no two share a key
-
-
 def forward(
-    query: Grouped, branches: tuple[Reads, ...], *, scale: float, holes: bool, launch: Launch, name: str
-) -> list[tuple[Float[Array, "B T K G V"], RowValues]]:
-    """Of each branch the outputs and log-sum-exps (base 2, of scaled scores); both 0 for a query that reads nothing.
+    query: Grouped,
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    *ranges: Ranges,
+    scale: float,
+    holes: bool,
+    launch: Launch,
+    name: str,
+) -> tuple[Float[Array, "B T K G V"], RowValues]:
+    """Outputs and log-sum-exps (base 2, of scaled scores); both 0 for a query that reads nothing.
 
     Args:
+        ranges: one or more, of which no two share a key.
         holes: whether there may be keys between a tile's first and last that none of its rows reads. They may hold NaN.
     """
+    if key.shape[1] == 0:
+        nothing = jnp.zeros((*query.shape[:-1], value.shape[-1]), value.dtype)
+        return nothing, jnp.zeros(query.shape[:-1], jnp.float32)
     batch, length, kv_heads, group, _ = query.shape
-    results = [
-        jax.ShapeDtypeStruct((*query.shape[:-1], *last), dtype)
-        for branch in branches
-        for last, dtype in ((branch.value.shape[-1:], branch.value.dtype), ((), jnp.float32))
-    ]
-    read = [branch for branch in branches if branch.key.shape[1]]
-    if len(read) < len(branches):
-        found = iter(forward(query, tuple(read), scale=scale, holes=holes, launch=launch, name=name) if read else ())
-        nothing = [jnp.zeros(result.shape, result.dtype) for result in results]
-        return [
-            next(found) if branch.key.shape[1] else (nothing[2 * i], nothing[2 * i + 1])
-            for i, branch in enumerate(branches)
-        ]
-    inputs = [query]
-    for branch in branches:
-        inputs += [branch.key, branch.value, *(bound for pair in branch.ranges for bound in pair)]
-    num_ranges = tuple(len(branch.ranges) for branch in branches)
-    found = launch(
-        functools.partial(_forward_kernel, num_ranges=num_ranges, tile=launch.tile, scale=scale, holes=holes),
+    out = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), value.dtype)
+    lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)
+    kernel = functools.partial(_forward_kernel, tile=launch.tile, scale=scale, holes=holes)
+    inputs = (*(bound for pair in ranges for bound in pair), query, key, value)
+    return launch(
+        kernel,
         name,
         grid=(pl.cdiv(length * group, launch.tile.rows), kv_heads, batch),
         in_specs=flash.specs(inputs),
-        out_specs=flash.specs(results),
-        out_shape=results,
+        out_specs=flash.specs((out, lse)),
+        out_shape=(out, lse),
     )(*inputs)
-    return list(zip(found[::2], found[1::2], strict=True))
 
 
-def _forward_kernel(*refs: Any, num_ranges: tuple[int, ...], tile: Tile, scale: float, holes: bool) -> None:
-    num_results = 2 * len(num_ranges)
-    q_ref, *input_refs = refs[:-num_results]
-    refs_left, result_refs = iter(input_refs), iter(refs[-num_results:])
+def _forward_kernel(*refs: Any, tile: Tile, scale: float, holes: bool) -> None:
+    *range_refs, q_ref, k_ref, v_ref, o_ref, lse_ref = refs
     rows = _tile_of_rows(q_ref, tile)
     where = (rows.token, rows.head)
-    q_parts = flash.head_parts(q_ref.shape[-1])
+    q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     query = flash.load_parts(q_ref, where, q_parts, rows.live)
 
-    def step(k_ref: Any, v_ref: Any, bounds: _Bounds, j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
+    def step(bounds: _Bounds, j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
         key_index = bounds.start(j) + lax.iota(jnp.int32, tile.keys)
         visible, readable = bounds.masks(key_index, holes) if masked else (None, None)
         key = flash.load_parts(k_ref, (key_index,), q_parts, readable)
-        value = flash.load_parts(v_ref, (key_index,), flash.head_parts(v_ref.shape[-1]), readable)
+        value = flash.load_parts(v_ref, (key_index,), v_parts, readable)
         return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible)
 
-    for count in num_ranges:
-        k_ref, v_ref = next(refs_left), next(refs_left)
-        o_ref, lse_ref = next(result_refs), next(result_refs)
-        v_parts = flash.head_parts(v_ref.shape[-1])
-        state = flash.softmax_start(tile.rows, v_parts)
-        for _ in range(count):
-            bounds = _bounds(next(refs_left), next(refs_left), rows, q_ref, tile)
-            read = functools.partial(step, k_ref, v_ref, bounds)
-            state = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.num_tiles, read, state)
-        outs, lse = flash.softmax_end(state, scale)
-        flash.store_parts(o_ref, where, v_parts, outs, rows.live)
-        flash.store_rows(lse_ref, where, lse, rows.live)
+    state = flash.softmax_start(tile.rows, v_parts)
+    for low_ref, high_ref in zip(range_refs[::2], range_refs[1::2], strict=True):
+        bounds = _bounds(low_ref, high_ref, rows, q_ref, tile)
+        read = functools.partial(step, bounds)
+        state = flash.over_tiles(0, bounds.inner, bounds.outer, bounds.num_tiles, read, state)
+    outs, lse = flash.softmax_end(state, scale)
+    flash.store_parts(o_ref, where, v_parts, outs, rows.live)
+    flash.store_rows(lse_ref, where, lse, rows.live)
 
 
 # -------------------------------------------------------------------------------------------------------------- backward

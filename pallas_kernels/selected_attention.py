@@ -203,11 +203,8 @@ def forced_forward(
     holes: bool,
 ) -> tuple[Float[Array, "B T K G V"], RowValues]:
     """Attention to the forced blocks alone, and its log-sum-exp."""
-    reads = range_attention.Reads(key, value, forced.ranges)
-    [found] = range_attention.forward(
-        query, (reads,), scale=scale, holes=holes, launch=forced.launch, name="nsa_selected_forced"
-    )
-    return found
+    more: dict[str, Any] = dict(scale=scale, holes=holes, launch=forced.launch, name="nsa_selected_forced")
+    return range_attention.forward(query, key, value, *forced.ranges, **more)
 
 
 # -------------------------------------------------------------------------------------------------------------- backward

@@ -20,11 +20,9 @@ def window_forward(
     launch: Launch,
 ) -> tuple[Float[Array, "B T K G V"], RowValues]:
     """Output and log-sum-exp (base 2) of the window branch; `ranges` as `positions.window_ranges` gives them."""
-    reads = range_attention.Reads(key, value, (ranges,))
-    [found] = range_attention.forward(
-        query, (reads,), scale=scale, holes=False, launch=launch, name="nsa_window_forward"
+    return range_attention.forward(
+        query, key, value, ranges, scale=scale, holes=False, launch=launch, name="nsa_window_forward"
     )
-    return found
 
 
 def window_key_value_gradients(
