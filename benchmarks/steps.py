@@ -27,8 +27,9 @@ from train.config import ModelConfig
 from train.model import Network
 
 L2_BYTES = 50 * 2**20  # of an H100 or H200
-TURNS_OVER_L2 = 3  # the problems of a loop read so many times as much
+TIMES_L2 = 1.5  # the problems of a loop read so many times as much
 MOST_COPIES = 16
+FEWEST_TURNS = 2
 CHECKED = (2048, 1, 31, 64, 777)  # lengths of the sequences of the first check
 
 
@@ -96,7 +97,7 @@ def bytes_read(tokens: int, shape: Shape) -> int:
 
 def copies_for(step_bytes: int) -> int:
     """How many problems a loop goes through."""
-    return max(1, min(MOST_COPIES, math.ceil(TURNS_OVER_L2 * L2_BYTES / step_bytes)))
+    return max(1, min(MOST_COPIES, math.ceil(TIMES_L2 * L2_BYTES / step_bytes)))
 
 
 # -------------------------------------------------------------------------------------------------------------- checking
@@ -157,7 +158,7 @@ class Loop(NamedTuple):
 
 
 def compile_loop(function: Callable[[Step], Any], problem: Any, copies: int) -> Loop:
-    turns = -(-CALLS_IN_LOOP // copies)
+    turns = max(FEWEST_TURNS, -(-CALLS_IN_LOOP // copies))
 
     def in_turn(*problems: Step) -> tuple[Any, ...]:
         return tuple(function(problem) for problem in problems)

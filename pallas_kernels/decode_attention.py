@@ -4,23 +4,23 @@ Its time is that of the bytes it reads. Each key and value that the step needs i
 heads of a group; how many programs share a context follows from how many sequences there are. Three kernels:
 
 Compressed: grid (split of the context, key/value head, sequence). A program passes over tiles of compressed tokens and
-writes the attention to them alone, its log-sum-exp, and for each block and head the two sums of `block_selection.py`,
-relative to the tile's `top`, which is the highest score that the program had met by then:
+writes the attention to them alone, its log-sum-exp, and for each block and head, relative to the tile's `top`, which is the
+highest score that the program had met by then:
 
-    own[j] = sum over j's tokens of 2^(s_i - top) * (units that i and j share),  after[j] = the same with j + 1
+    sum over tokens of 2^(s_i - top) * (units that token i and the block share)
 
-so no array of scores exists. Splits follow the length of each sequence; those that have nothing to read write nothing.
+so no array of scores exists. What a tile's last block gives to the first of the next is written apart. Splits follow the
+length of each sequence; those that have nothing to read write nothing.
 
-Choice: grid (1 + part of the window, key/value head, sequence). Program 0 chooses the blocks, by sums times 2^(top - lse):
-the latency of a few small loads and counts, hidden behind the others, which read the window's ring in place: token p is
-in row p % w, and the order of keys is all one to a softmax.
+Choice: grid (kind of work, key/value head, sequence). One program chooses the blocks, by sums times 2^(top - lse): the
+latency of a few small loads and counts. The others hide behind it: one joins the splits, the rest read the window's ring
+in place, where token p is in row p % w, since the order of keys is all one to a softmax.
 
-Selected: grid (1, key/value head, sequence). A program reads the chosen blocks, joins the splits of the compressed branch
-and the parts of the window, and forms the gated sum, rounded once.
+Selected: grid (part of the slots, key/value head, sequence). A program reads some of the chosen blocks. The one that ends
+last joins the parts, in their order, and forms the gated sum, rounded once: which one it is does not show.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,25 +33,19 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import flash
 from pallas_kernels.block_selection import Choice, outside_units, store_choice
 from pallas_kernels.flash import Config, Launch, Tile
-from pallas_kernels.positions import (
-    candidate_blocks,
-    compressed_ranges,
-    positions,
-    ring_ranges,
-    token_ranges,
-)
+from pallas_kernels.positions import Positions, candidate_blocks, compressed_ranges, ring_ranges
 from pallas_kernels.range_attention import Grouped
 from pallas_kernels.selected_attention import held_keys
 from pallas_kernels.tiles import Tiles, tiles_for
 
-MAX_SPLITS = 64  # whose log-sum-exps a program holds
-WINDOW_PART = 512  # keys; to read so many takes about as long as a choice
-HELD_SCORES = 8192  # numbers of heads and blocks that a program adds up at once
+MAX_SPLITS = 32  # that one program joins
+WINDOW_PART = 128  # keys; the fewest that are worth a program
+HELD_SCORES = 16384  # numbers of heads and blocks that a program adds up at once
 JOINED = 8  # partial results that are under way at once
 
 
-class Places(NamedTuple):
-    """Columns of an int32 `[B, 4]`: how far each branch may read."""
+class Reach(NamedTuple):
+    """How far each branch of a sequence may read."""
 
     compressed: Any
     own_block: Any
@@ -76,24 +70,25 @@ def decode_step(
     batch, _, num_heads, _ = query.shape
     num_keys, kv_heads, value_size = selected[1].shape[1:]
     tiles = tiles or tiles_for(query, kv_heads, value_size)
-    where = positions(lengths - 1, None, batch=batch, num_queries=1, num_keys=num_keys)
-    ranges = compressed_ranges(where, config=config), token_ranges(where), ring_ranges(where, config=config)
-    own_block = candidate_blocks(where, config=config).own
-    places = jnp.concatenate(Places(ranges[0].high, own_block, ranges[1].high, ranges[2].high), axis=1)
-
     group = num_heads // kv_heads
-    grouped = query.reshape(batch, 1, kv_heads, group, query.shape[-1])
-    programs = max(1, tiles.decode_programs // (batch * kv_heads))
-    more: dict[str, Any] = dict(config=config, scale=scale)
+    query = query.reshape(batch, 1, kv_heads, group, query.shape[-1])
+    gates = gates.reshape(batch, 1, kv_heads, group, 3)
+    lengths = lengths[:, None]
+    more: dict[str, Any] = dict(config=config, num_keys=num_keys, scale=scale)
+
+    def programs(of_all: int) -> int:
+        return max(1, of_all // (batch * kv_heads))
+
     context = None
     if compressed[0].shape[1] > 0:
         launch = Launch(tiles.decode_compressed, interpret)
-        context = _compressed(places, grouped, *compressed, programs=programs, launch=launch, **more)
+        splits = programs(tiles.decode_programs)
+        context = _compressed(lengths, query, *compressed, programs=splits, launch=launch, **more)
     launch = Launch(tiles.decode_choice, interpret)
-    blocks, near = _choice(places, grouped, *window, context, num_keys=num_keys, launch=launch, **more)
+    chosen = _choice(lengths, query, *window, context, launch=launch, **more)
     launch = Launch(tiles.decode_selected, interpret)
-    gates = gates.reshape(batch, 1, kv_heads, group, 3)
-    out = _selected(places, grouped, *selected, gates, blocks, context, near, launch=launch, **more)
+    parts = programs(tiles.decode_selected_programs)
+    out = _selected(lengths, query, *selected, gates, chosen, programs=parts, launch=launch, **more)
     return out.reshape(batch, 1, num_heads, value_size)
 
 
@@ -139,7 +134,10 @@ class Context(NamedTuple):
     plan: Plan
     partial: Partial
     top: Float[Array, "B G K tiles"]
-    sums: tuple[Array, ...]  # own and, if blocks share tokens, after: `[B, G, K, blocks]`
+    sums: Float[Array, "B G K blocks"]
+    after: (
+        Float[Array, "B G K tiles"] | None
+    )  # what the tile's last block gives to the next; None if none shares a token
 
 
 def plan(config: Config, num_compressed: int, *, keys: int, programs: int) -> Plan:
@@ -151,12 +149,13 @@ def plan(config: Config, num_compressed: int, *, keys: int, programs: int) -> Pl
 
 
 def _compressed(
-    places: Int32[Array, "B 4"],
+    lengths: Int32[Array, "B 1"],
     query: Grouped,
     key: Float[Array, "B C K H"],
     value: Float[Array, "B C K V"],
     *,
     config: Config,
+    num_keys: int,
     scale: float,
     programs: int,
     launch: Launch,
@@ -166,37 +165,40 @@ def _compressed(
     cut = plan(config, num_compressed, keys=launch.tile.keys, programs=programs)
     num_tiles = -(-num_compressed // (cut.blocks * cut.units))
     partial = _partial(query, cut.splits, value_size)
-    top = jax.ShapeDtypeStruct((batch, group, kv_heads, num_tiles), jnp.float32)
+    of_tile = jax.ShapeDtypeStruct((batch, group, kv_heads, num_tiles), jnp.float32)
     sums = jax.ShapeDtypeStruct((batch, group, kv_heads, num_tiles * cut.blocks), jnp.float32)
-    outs = (*partial, top, *[sums] * (1 if cut.shared == 1 else 2))
-    inputs = (places, query, key, value)
-    out, lse, top, *found = launch(
-        functools.partial(_compressed_kernel, cut=cut, scale=scale),
+    outs = (*partial, of_tile, sums, *[of_tile] * (cut.shared > 1))
+    inputs = (lengths, query, key, value)
+    out, lse, top, sums, *after = launch(
+        functools.partial(_compressed_kernel, cut=cut, scale=scale, num_keys=num_keys, config=config),
         "nsa_decode_compressed",
         grid=(cut.splits, kv_heads, batch),
         in_specs=flash.specs(inputs),
         out_specs=flash.specs(outs),
         out_shape=outs,
     )(*inputs)
-    return Context(cut, Partial(out, lse), top, tuple(found))
+    return Context(cut, Partial(out, lse), top, sums, after[0] if after else None)
 
 
 def _compressed_kernel(
-    places_ref: Any,
+    length_ref: Any,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
     out_ref: Any,
     lse_ref: Any,
     top_ref: Any,
-    *sums_refs: Any,
+    sums_ref: Any,
+    *after_ref: Any,
     cut: Plan,
     scale: float,
+    num_keys: int,
+    config: Config,
 ) -> None:
-    heads = _Heads(q_ref)
+    heads = _Heads(q_ref.shape[1])
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
-    query = heads.load(q_ref, q_parts)
-    num_visible = _places(places_ref).compressed
+    query = flash.load_parts(q_ref, heads.at(0), q_parts, heads.live)
+    num_visible = _reach(length_ref, num_keys, config).compressed
     num_tiles, share, _ = cut.reach(num_visible)
     split = pl.program_id(0)
     first = jnp.minimum(split * share, num_tiles)
@@ -227,17 +229,20 @@ def _compressed_kernel(
             state, total, after = read(0, carry)
         else:
             state, total, after = lax.fori_loop(jnp.int32(0), jnp.int32(cut.steps), read, carry)
-        shape = (heads.count, cut.blocks)
-        block = j * cut.blocks + lax.iota(jnp.int32, cut.blocks)
+        found = total * cut.shared - after
+        in_tile, where = lax.iota(jnp.int32, cut.blocks), (heads.head, jnp.full_like(heads.head, j))
+        if after_ref:
+            found += _moved_on(after)
+            last = jnp.where(in_tile[None, :] == cut.blocks - 1, after, 0.0)
+            flash.store_rows(after_ref[0], where, jnp.sum(last, axis=1), heads.live)
+        flash.store_rows(top_ref, where, state.highest * (scale * flash.LOG2E), heads.live)
+        shape, block = found.shape, j * cut.blocks + in_tile
         where = jnp.broadcast_to(heads.head[:, None], shape), jnp.broadcast_to(block[None, :], shape)
-        for ref, found in zip(sums_refs, (total * cut.shared - after, after)):
-            pltriton.store(ref.at[where], found, mask=jnp.broadcast_to(heads.live[:, None], shape))
-        top = state.highest * (scale * flash.LOG2E)
-        flash.store_rows(top_ref, (heads.head, jnp.full_like(heads.head, j)), top, heads.live)
+        pltriton.store(sums_ref.at[where], found, mask=jnp.broadcast_to(heads.live[:, None], shape))
         return state
 
     whole = num_visible // (cut.blocks * cut.units) if cut.whole else first
-    state = _over_tiles(first, whole, last, step, flash.softmax_start(heads.count, v_parts))
+    state = flash.over_whole_tiles(first, whole, last, step, flash.softmax_start(heads.count, v_parts))
     heads.store_partial(out_ref, lse_ref, split, v_parts, state, scale, written=last > first)
 
 
@@ -246,49 +251,69 @@ def _by_block(p: Array, cut: Plan) -> Array:
     return jnp.sum(p.reshape(p.shape[0], -1, cut.blocks), axis=1)
 
 
-# ---------------------------------------------------------------------------------------------------- choice and window
+def _moved_on(x: Array) -> Array:
+    """`x[:, j - 1]`, and 0 where j = 0."""
+    index = lax.iota(jnp.int32, x.shape[1])
+    moves = (index[:, None] + 1 == index[None, :]).astype(jnp.float32)
+    if x.shape[1] >= 16:
+        return flash.dot(x, moves)
+    return jnp.sum(x[:, :, None] * moves[None, :, :], axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- choice
+
+
+class Chosen(NamedTuple):
+    """What the last kernel wants of the one before it."""
+
+    blocks: Int32[Array, "B 1 K A"]
+    arrived: Int32[Array, "B 1 K"]  # 0
+    window: Partial
+    compressed: Float[Array, "B 1 K G V"] | None
 
 
 def _choice(
-    places: Int32[Array, "B 4"],
+    lengths: Int32[Array, "B 1"],
     query: Grouped,
     key: Float[Array, "B w K H"],
     value: Float[Array, "B w K V"],
     context: Context | None,
     *,
     config: Config,
-    scale: float,
     num_keys: int,
+    scale: float,
     launch: Launch,
-) -> tuple[Int32[Array, "B 1 K A"], Partial]:
+) -> Chosen:
     batch, window, kv_heads, value_size = value.shape
-    num_tiles = -(-window // launch.tile.keys)
-    share = -(-num_tiles // -(-window // WINDOW_PART))
-    num_parts = -(-num_tiles // share)
-    partial = _partial(query, num_parts, value_size)
+    share = max(1, WINDOW_PART // launch.tile.keys)
+    window_parts = -(-window // (share * launch.tile.keys))
     blocks = jax.ShapeDtypeStruct((batch, 1, kv_heads, config.num_selected), jnp.int32)
-    inputs: tuple[Any, ...] = (places, query, key, value)
+    arrived = jax.ShapeDtypeStruct((batch, 1, kv_heads), jnp.int32)
+    outs: tuple[Any, ...] = (blocks, arrived, *_partial(query, window_parts, value_size))
+    inputs: tuple[Any, ...] = (lengths, query, key, value)
     if context is not None:
-        inputs += (context.partial.lse, context.top, *context.sums)
+        outs += (_partial(query, 1, value_size)[0],)
+        inputs += (*context.partial, context.top, context.sums, *[context.after] * (context.after is not None))
     # A row of scores lies in registers: a long one in those of more warps.
     width = flash.next_power_of_2(-(-num_keys // config.select_block))
     at_once = min(flash.next_power_of_2(query.shape[3]), max(1, HELD_SCORES // width))
     warps = max(launch.tile.warps, min(16, at_once * width // 2048))
     launch = Launch(launch.tile._replace(warps=warps), launch.interpret)
-    kernel = functools.partial(_choice_kernel, cut=None if context is None else context.plan, width=width)
-    found, out, lse = launch(
-        functools.partial(kernel, at_once=at_once, share=share, tile=launch.tile, scale=scale, config=config),
+    cut = None if context is None else context.plan
+    kernel = functools.partial(_choice_kernel, cut=cut, width=width, at_once=at_once, share=share, tile=launch.tile)
+    blocks, arrived, out, lse, *joined = launch(
+        functools.partial(kernel, scale=scale, num_keys=num_keys, config=config),
         "nsa_decode_choice",
-        grid=(1 + num_parts, kv_heads, batch),
+        grid=((1 if cut is None else 2) + window_parts, kv_heads, batch),
         in_specs=flash.specs(inputs),
-        out_specs=flash.specs((blocks, *partial)),
-        out_shape=(blocks, *partial),
+        out_specs=flash.specs(outs),
+        out_shape=outs,
     )(*inputs)
-    return found, Partial(out, lse)
+    return Chosen(blocks, arrived, Partial(out, lse), joined[0] if joined else None)
 
 
 def _choice_kernel(
-    places_ref: Any,
+    length_ref: Any,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
@@ -299,62 +324,73 @@ def _choice_kernel(
     share: int,
     tile: Tile,
     scale: float,
+    num_keys: int,
     config: Config,
 ) -> None:
-    *context_refs, blocks_ref, out_ref, lse_ref = refs
-    places, group, program = _places(places_ref), q_ref.shape[1], pl.program_id(0)
+    joins = 0 if cut is None else 1
+    context_refs, (blocks_ref, arrived_ref, out_ref, lse_ref, *joined_refs) = refs[: -4 - joins], refs[-4 - joins :]
+    reach, heads, program = _reach(length_ref, num_keys, config), _Heads(q_ref.shape[1]), pl.program_id(0)
+    q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
 
     @pl.when(program == 0)
     def choose() -> None:
         shape = (1, width)
         block = jnp.broadcast_to(lax.iota(jnp.int32, width)[None, :], shape)
-        candidate = block <= places.own_block
+        candidate = block <= reach.own_block
         score = jnp.zeros(shape, jnp.float32)
         if cut is not None:
-            score = _importance(context_refs, places.compressed, block, candidate, group, cut, at_once)
+            score = _importance(context_refs[1:], reach.compressed, block, candidate, cut, at_once)
         row, zero = lax.iota(jnp.int32, 1), jnp.zeros((1, 1), jnp.int32)
-        own = jnp.broadcast_to(places.own_block, (1, 1))
+        own = jnp.broadcast_to(reach.own_block, (1, 1))
         choice = Choice(jnp.zeros_like(block), block, candidate, row, zero, own, row >= 0)
         store_choice(blocks_ref, score, choice, config=config)
+        arrived_ref[0] = jnp.int32(0)
 
-    @pl.when(program > 0)
+    if cut is not None:
+
+        @pl.when(program == 1)
+        def join() -> None:
+            out = _joined(context_refs[:2], cut.reach(reach.compressed)[2], heads, v_parts)
+            flash.store_parts(joined_refs[0], heads.at(0), v_parts, out, heads.live)
+
+    @pl.when(program > joins)
     def read_window() -> None:
-        heads, part = _Heads(q_ref), program - 1
-        q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
-        query = heads.load(q_ref, q_parts)
+        part = program - joins - 1
+        query = flash.load_parts(q_ref, heads.at(0), q_parts, heads.live)
 
         def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
             row = j * tile.keys + lax.iota(jnp.int32, tile.keys)
-            return _read(heads, query, (k_ref, v_ref), row, row < places.ring if masked else None, state, scale)
+            return _read(heads, query, (k_ref, v_ref), row, row < reach.ring if masked else None, state, scale)
 
-        num_tiles = flash.ceil_div(places.ring, tile.keys)
+        num_tiles = flash.ceil_div(reach.ring, tile.keys)
         first = jnp.minimum(part * share, num_tiles)
         last = jnp.minimum(first + share, num_tiles)
         start = flash.softmax_start(heads.count, v_parts)
-        state = _over_tiles(first, places.ring // tile.keys, last, step, start)
+        state = flash.over_whole_tiles(first, reach.ring // tile.keys, last, step, start)
         heads.store_partial(out_ref, lse_ref, part, v_parts, state, scale)
 
 
-def _importance(
-    refs: Any, num_visible: Any, block: Array, candidate: Array, group: int, cut: Plan, at_once: int
-) -> Array:
+def _importance(refs: Any, num_visible: Any, block: Array, candidate: Array, cut: Plan, at_once: int) -> Array:
     """The scores (eq. 9, 10) of blocks `[1, width]`."""
-    lse_ref, top_ref, *sums_refs = refs
+    lse_ref, top_ref, sums_ref, *after_ref = refs
+    group = lse_ref.shape[1]
     num_tiles, _, num_splits = cut.reach(num_visible)
+    tile, in_tile = flash.divide(block, cut.blocks)
     shape = (at_once, block.shape[1])
+    terms = [(sums_ref, block, tile, candidate & (tile < num_tiles))]
+    for ref in after_ref:
+        before = jnp.maximum(tile - 1, 0)
+        terms.append((ref, before, before, candidate & (in_tile == 0) & (tile > 0) & (tile <= num_tiles)))
 
     def add(i: Any, score: Array) -> Array:
         head = i * at_once + lax.iota(jnp.int32, at_once)
         live = head < group
-        lse = _joint_lse(lse_ref, head, num_splits, live)
-        for shift, ref in enumerate(sums_refs):
-            # What a block gives to the next counts there.
-            giver = jnp.maximum(block - shift, 0)
-            given = candidate & (block >= shift) & (giver < num_tiles * cut.blocks)
+        lse = _joint_lse(lse_ref, num_splits, head, live)
+        for ref, index, tile, given in terms:
             mask = jnp.broadcast_to(given, shape) & jnp.broadcast_to(live[:, None], shape)
-            giver, heads = jnp.broadcast_to(giver, shape), jnp.broadcast_to(head[:, None], shape)
-            sums = pltriton.load(ref.at[heads, giver], mask=mask, other=0.0)
-            tile, _ = flash.divide(giver, cut.blocks)
+            heads = jnp.broadcast_to(head[:, None], shape)
+            index, tile = jnp.broadcast_to(index, shape), jnp.broadcast_to(tile, shape)
+            sums = pltriton.load(ref.at[heads, index], mask=mask, other=0.0)
             top = pltriton.load(top_ref.at[heads, tile], mask=mask, other=flash.MASKED)
             score += jnp.sum(sums * flash.exp2(top - lse[:, None]), axis=0)[None, :]
         return score
@@ -371,79 +407,95 @@ def _importance(
 
 
 def _selected(
-    places: Int32[Array, "B 4"],
+    lengths: Int32[Array, "B 1"],
     query: Grouped,
     key: Float[Array, "B L K H"],
     value: Float[Array, "B L K V"],
     gates: Float[Array, "B 1 K G 3"],
-    blocks: Int32[Array, "B 1 K A"],
-    context: Context | None,
-    near: Partial,
+    chosen: Chosen,
     *,
     config: Config,
+    num_keys: int,
     scale: float,
+    programs: int,
     launch: Launch,
 ) -> Float[Array, "B 1 K G V"]:
     batch, _, kv_heads, group, _ = query.shape
+    slots = -(-config.num_selected // min(programs, config.num_selected))
+    num_parts = -(-config.num_selected // slots)
+    inputs: tuple[Any, ...] = (lengths, query, key, value, gates, chosen.blocks, *chosen.window)
+    if chosen.compressed is not None:
+        inputs += (chosen.compressed,)
+    inputs += (chosen.arrived,)
     out = jax.ShapeDtypeStruct((batch, 1, kv_heads, group, value.shape[-1]), value.dtype)
-    inputs: tuple[Any, ...] = (places, query, key, value, gates, blocks, *near)
-    if context is not None:
-        inputs += context.partial
-    kernel = functools.partial(_selected_kernel, cut=None if context is None else context.plan)
+    arrived = jax.ShapeDtypeStruct(chosen.arrived.shape, jnp.int32)
+    outs = (out, arrived, *_partial(query, num_parts, value.shape[-1]))
+    kernel = functools.partial(_selected_kernel, slots=slots, held=held_keys(config, launch.tile), scale=scale)
     return launch(
-        functools.partial(kernel, held=held_keys(config, launch.tile), scale=scale, config=config),
+        functools.partial(kernel, num_keys=num_keys, config=config),
         "nsa_decode_selected",
-        grid=(1, kv_heads, batch),
+        grid=(num_parts, kv_heads, batch),
         in_specs=flash.specs(inputs),
-        out_specs=flash.specs(out),
-        out_shape=out,
-    )(*inputs)
+        out_specs=flash.specs(outs),
+        out_shape=outs,
+        input_output_aliases={len(inputs) - 1: 1},
+    )(*inputs)[0]
 
 
 def _selected_kernel(
-    places_ref: Any,
+    length_ref: Any,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
     gates_ref: Any,
     blocks_ref: Any,
+    out_win_ref: Any,
+    lse_win_ref: Any,
     *refs: Any,
-    cut: Plan | None,
+    slots: int,
     held: int,
     scale: float,
+    num_keys: int,
     config: Config,
 ) -> None:
-    *partial_refs, o_ref = refs
-    places, heads = _places(places_ref), _Heads(q_ref)
+    *compressed_ref, _, o_ref, arrived_ref, out_slc_ref, lse_slc_ref = refs
+    reach, heads, part = _reach(length_ref, num_keys, config), _Heads(q_ref.shape[1]), pl.program_id(0)
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
-    query = heads.load(q_ref, q_parts)
+    query = flash.load_parts(q_ref, heads.at(0), q_parts, heads.live)
     size = config.select_block
-    parts = -(-size // held)
+    tiles = -(-size // held)
 
     def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
-        slot, part = flash.divide(j, parts)
-        in_block = part * held + lax.iota(jnp.int32, held)
+        slot, in_block = flash.divide(j, tiles)
+        in_block = in_block * held + lax.iota(jnp.int32, held)
         token = blocks_ref[0, slot] * size + in_block
-        exists = (in_block < size) & (token < places.tokens) if masked else None
+        exists = (in_block < size) & (token < reach.tokens) if masked else None
         return _read(heads, query, (k_ref, v_ref), token, exists, state, scale)
 
-    # A query chooses as many of its candidates as it may. Of the last block, which is most often its own, parts that begin
+    # A query chooses as many of its candidates as it may. Of the last block, which is most often its own, tiles that begin
     # at tokens to come are left out, and others masked.
-    count = jnp.minimum(places.own_block + 1, config.num_selected)
+    count = jnp.minimum(reach.own_block + 1, config.num_selected)
     before = jnp.maximum(count - 1, 0)
-    reached = jnp.minimum(places.tokens - blocks_ref[0, before] * size, size)
-    last = before * parts + jnp.where(count > 0, flash.ceil_div(reached, held), 0)
-    whole = before * parts if parts * held == size else 0
-    state = _over_tiles(0, whole, last, step, flash.softmax_start(heads.count, v_parts))
-    out_slc, _ = flash.softmax_end(state, scale)
+    reached = jnp.minimum(reach.tokens - blocks_ref[0, before] * size, size)
+    last = before * tiles + jnp.where(count > 0, flash.ceil_div(reached, held), 0)
+    whole = before * tiles if tiles * held == size else 0
+    first = jnp.minimum(part * slots * tiles, last)
+    start = flash.softmax_start(heads.count, v_parts)
+    state = flash.over_whole_tiles(first, whole, jnp.minimum(first + slots * tiles, last), step, start)
+    heads.store_partial(out_slc_ref, lse_slc_ref, part, v_parts, state, scale)
 
-    out_win = _joined(partial_refs[:2], partial_refs[0].shape[0], heads, v_parts)
-    out_cmp = tuple(jnp.zeros_like(part) for part in out_slc)
-    if cut is not None:
-        out_cmp = _joined(partial_refs[2:], cut.reach(places.compressed)[2], heads, v_parts)
-    gates = flash.load_gates(gates_ref, heads.at(0), heads.live)
-    out = flash.sum_branches(gates, out_cmp, out_slc, out_win)
-    flash.store_parts(o_ref, heads.at(0), v_parts, out, heads.live)
+    @pl.when(flash.arrive(arrived_ref) == pl.num_programs(0) - 1)
+    def finish() -> None:
+        out_win, out_slc = (
+            _joined(refs, refs[0].shape[0], heads, v_parts)
+            for refs in ((out_win_ref, lse_win_ref), (out_slc_ref, lse_slc_ref))
+        )
+        out_cmp = tuple(jnp.zeros_like(out) for out in out_slc)
+        for ref in compressed_ref:
+            out_cmp = flash.load_parts(ref, heads.at(0), v_parts, heads.live)
+        gates = flash.load_gates(gates_ref, heads.at(0), heads.live)
+        out = flash.sum_branches(gates, out_cmp, out_slc, out_win)
+        flash.store_parts(o_ref, heads.at(0), v_parts, out, heads.live)
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
@@ -452,19 +504,15 @@ def _selected_kernel(
 class _Heads:
     """The rows of a program: the heads of a group."""
 
-    def __init__(self, q_ref: Any):
-        self.group = q_ref.shape[1]
+    def __init__(self, group: int):
         # Triton's dot wants 16 rows at least.
-        self.count = max(16, flash.next_power_of_2(self.group))
+        self.count = max(16, flash.next_power_of_2(group))
         self.head = lax.iota(jnp.int32, self.count)
-        self.live = self.head < self.group
+        self.live = self.head < group
 
     def at(self, place: Any) -> tuple[Array, Array]:
         """Indices of arrays `[place, G, ...]`."""
         return jnp.full_like(self.head, place), self.head
-
-    def load(self, ref: Any, parts: tuple[flash.Part, ...]) -> tuple[Array, ...]:
-        return flash.load_parts(ref, self.at(0), parts, self.live)
 
     def store_partial(
         self,
@@ -489,8 +537,13 @@ def _partial(query: Grouped, parts: int, value_size: int) -> tuple[jax.ShapeDtyp
     return tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in ((*shape, value_size), shape))
 
 
-def _places(ref: Any) -> Places:
-    return Places(*(ref[i] for i in range(len(Places._fields))))
+def _reach(length_ref: Any, num_keys: int, config: Config) -> Reach:
+    """Of the last token of a sequence."""
+    position = length_ref[0] - 1
+    last = jnp.minimum(position, num_keys - 1)
+    where = Positions(position, last, jnp.zeros_like(last))
+    visible, ring = compressed_ranges(where, config=config), ring_ranges(where, config=config)
+    return Reach(visible.high, candidate_blocks(where, config=config).own, last + 1, ring.high)
 
 
 def _read(
@@ -508,16 +561,7 @@ def _read(
     return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible)
 
 
-def _over_tiles(first: Any, whole: Any, last: Any, step: Callable[..., Any], state: Any) -> Any:
-    """`step(tile, state, masked)` for tiles `first .. last - 1`, those before `whole` without masks."""
-    # Triton's lowering types a Python number by its value.
-    first, whole, last = (jnp.asarray(bound, jnp.int32) for bound in (first, whole, last))
-    whole = jnp.minimum(jnp.maximum(whole, first), last)
-    state = lax.fori_loop(first, whole, lambda j, state: step(j, state, False), state)
-    return lax.fori_loop(whole, last, lambda j, state: step(j, state, True), state)
-
-
-def _joint_lse(lse_ref: Any, head: Array, count: Any, live: Array) -> Array:
+def _joint_lse(lse_ref: Any, count: Any, head: Array, live: Array) -> Array:
     """Of `count` partial results `[parts, G]`, for some heads."""
     shape = (flash.next_power_of_2(lse_ref.shape[0]), head.shape[0])
     part = jnp.broadcast_to(lax.iota(jnp.int32, shape[0])[:, None], shape)
@@ -531,7 +575,7 @@ def _joined(refs: Any, count: Any, heads: _Heads, parts: tuple[flash.Part, ...])
     """The attention to all keys of `count` partial results, or 0."""
     out_ref, lse_ref = refs
     at_once = min(JOINED, out_ref.shape[0])
-    lse = _joint_lse(lse_ref, heads.head, count, heads.live)
+    lse = _joint_lse(lse_ref, count, heads.head, heads.live)
 
     def add(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         for place in range(at_once):
@@ -543,5 +587,7 @@ def _joined(refs: Any, count: Any, heads: _Heads, parts: tuple[flash.Part, ...])
         return sums
 
     sums = tuple(jnp.zeros((heads.count, part.width), jnp.float32) for part in parts)
+    if at_once == out_ref.shape[0]:
+        return add(jnp.int32(0), sums)
     turns = flash.ceil_div(jnp.asarray(count, jnp.int32), at_once)
     return lax.fori_loop(jnp.int32(0), turns, add, sums)

@@ -332,16 +332,33 @@ def sum_branches(
 def over_tiles(first: Any, inner: Any, outer: Any, last: Any, step: Callable[..., Any], state: Any) -> Any:
     """`step(tile, state, masked)` for tiles `first .. last - 1`, those of `inner .. outer - 1` without masks."""
     # Triton's lowering types a Python number by its value.
-    first, inner, outer, last = (jnp.asarray(bound, jnp.int32) for bound in (first, inner, outer, last))
+    first, inner, last = (jnp.asarray(bound, jnp.int32) for bound in (first, inner, last))
     inner = jnp.minimum(jnp.maximum(inner, first), last)
-    outer = jnp.minimum(jnp.maximum(outer, inner), last)
     state = lax.fori_loop(first, inner, functools.partial(_swap, step, True), state)
-    state = lax.fori_loop(inner, outer, functools.partial(_swap, step, False), state)
-    return lax.fori_loop(outer, last, functools.partial(_swap, step, True), state)
+    return over_whole_tiles(inner, outer, last, step, state)
+
+
+def over_whole_tiles(first: Any, whole: Any, last: Any, step: Callable[..., Any], state: Any) -> Any:
+    """`step(tile, state, masked)` for tiles `first .. last - 1`, those before `whole` without masks."""
+    first, whole, last = (jnp.asarray(bound, jnp.int32) for bound in (first, whole, last))
+    whole = jnp.minimum(jnp.maximum(whole, first), last)
+    state = lax.fori_loop(first, whole, functools.partial(_swap, step, False), state)
+    return lax.fori_loop(whole, last, functools.partial(_swap, step, True), state)
 
 
 def _swap(step: Callable[..., Any], masked: bool, tile: Any, state: Any) -> Any:
     return step(tile, state, masked)
+
+
+def arrive(count_ref: Any) -> Array:
+    """How many programs had arrived here before this one; what those had stored, this one may load.
+
+    `count_ref` `[1]` is 0 before the first.
+    """
+    if not _INTERPRETED.get():
+        # The atomic addition publishes what its own thread has seen: that must be what all of the program have stored.
+        pltriton.debug_barrier()
+    return pltriton.atomic_add(count_ref, (jnp.int32(0),), jnp.int32(1))
 
 
 def divide(value: Any, by: int) -> tuple[Any, Any]:

@@ -58,8 +58,8 @@ def ring_ranges(where: Positions, *, config: Config) -> Ranges:
 def compressed_ranges(where: Positions, *, config: Config) -> Ranges:
     """The compressed tokens whose tokens, `i*d .. i*d + l - 1`, are all readable: l=8, d=4, query 12 reads 0 and 1."""
     l, d = config.compress_block, config.compress_stride
-    high = jnp.maximum(where.last - l + 1 + d, 0) // d
-    return Ranges(-(-where.first // d), high)
+    high, _ = flash.divide(jnp.maximum(where.last - l + 1 + d, 0), d)
+    return Ranges(flash.divide(where.first + d - 1, d)[0], high)
 
 
 def forced_ranges(where: Positions, *, config: Config) -> tuple[Ranges, Ranges]:
@@ -80,4 +80,4 @@ class BlockRanges(NamedTuple):
 
 def candidate_blocks(where: Positions, *, config: Config) -> BlockRanges:
     """From the block of the segment's first token to the query's own: l'=16, query 40 of one segment has 0, 1, 2."""
-    return BlockRanges(where.first // config.select_block, where.last // config.select_block)
+    return BlockRanges(*(flash.divide(token, config.select_block)[0] for token in (where.first, where.last)))

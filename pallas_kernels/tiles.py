@@ -22,6 +22,7 @@ SELECTED_ROWS = 32
 BY_BLOCK_BELOW = 8
 # A few for each processor of a large GPU: one that waits for memory wants others beside it.
 DECODE_PROGRAMS = 512
+DECODE_SELECTED_PROGRAMS = 256
 TABLE = Path(__file__).with_name("tiles.json")
 
 
@@ -46,6 +47,7 @@ class Tiles:
     decode_choice: Tile  # keys are the window's
     decode_selected: Tile
     decode_programs: int  # that share the compressed tokens of all sequences
+    decode_selected_programs: int  # that share their chosen blocks
     by_block: bool  # whether the selected branch's forward and dq go by block
 
 
@@ -107,6 +109,7 @@ def rule(dtype: str, size: int, value_size: int, group: int) -> Tiles:
         decode_choice=decode,
         decode_selected=decode,
         decode_programs=DECODE_PROGRAMS,
+        decode_selected_programs=DECODE_SELECTED_PROGRAMS,
         by_block=group < BY_BLOCK_BELOW,
     )
 

@@ -80,7 +80,7 @@ def test_short_calls_are_measured_in_a_loop():
     assert not timing.measure(clock.call, loop=loop, clock=clock).in_loop and not asked
 
 
-@pytest.mark.parametrize("calls", [1, 7])
+@pytest.mark.parametrize("calls", [2, 7])
 def test_repeated_calls_every_time(calls):
     seen = []
 
@@ -92,6 +92,8 @@ def test_repeated_calls_every_time(calls):
     jax.effects_barrier()
     assert seen == [1.0] * calls
     np.testing.assert_allclose(out, np.sin(np.ones(3)), rtol=1e-6)
+    with pytest.raises(ValueError, match="calls=1 must be at least 2"):
+        timing.repeated(function, 1)
 
 
 def test_passes_are_compiled_timed_and_named():

@@ -32,6 +32,7 @@ TILES = dataclasses.replace(
     decode_choice=Tile(0, 16, 4, 2),
     decode_selected=Tile(0, 16, 4, 2),
     decode_programs=999,
+    decode_selected_programs=999,
 )
 
 

@@ -18,6 +18,7 @@ from nsa_jax.testing import CASES, Case, make_inputs
 
 # Tests alone may look inside of jax.
 from jax._src import mesh as mesh_lib  # isort: skip
+from jax._src.interpreters import mlir  # isort: skip
 from jax._src.lib.mlir import ir  # isort: skip
 from jax._src.lib.triton import dialect as triton  # isort: skip
 
@@ -72,6 +73,7 @@ def verified_kernels(program: jax.stages.Lowered) -> int:
     for kernel in kernels:
         with ir.Context() as context:
             triton.register_dialect(context)
+            context.append_dialect_registry(mlir.upstream_dialects)
             assert ir.Module.parse(kernel).operation.verify()
     return len(kernels)
 
