@@ -9,6 +9,7 @@ at up to 4096 tokens, and at each length on the last queries; if they are wrong,
 import dataclasses
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,13 +63,13 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
         WrongResult: the kernels are wrong; nothing was timed from there on.
         ValueError: the options fit no problem.
     """
-    from benchmarks import peer
+    from benchmarks import one_length, peer
     from benchmarks.checks import check_kernels
     from benchmarks.figure import describe, draw_attention
-    from benchmarks.one_length import measure_length
     from benchmarks.problems import Shape
     from benchmarks.record import ROOT, gpu, new_record, save, slug
     from benchmarks.report import break_even, points, report, summary
+    from benchmarks.timing import compile_all
     from nsa_jax import NSAConfig
 
     o, kinds = options, options.kinds()
@@ -86,31 +87,32 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
         record["peer_differs"] = list(peer.DIFFERS)
         print("--peer: fla-core's NSA computes something else:", *(f"  - {line}" for line in peer.DIFFERS), sep="\n")
 
-    for shape in shapes:
-        print(f"{device.device_kind}, {shape}", flush=True)
-        try:
-            longest = max(options.lengths)
-            checks = check_kernels(shape, length=longest, config=config, kinds=kinds, alike=options.alike)
-            for check in checks:
-                record["checks"].append({"kv_heads": shape.kv_heads} | check)
-                print(f"  correct at {check['length']} tokens, {check['inputs']} inputs", flush=True)
-            for length in sorted(options.lengths):
-                row = measure_length(
-                    shape,
-                    length=length,
-                    config=config,
-                    kinds=kinds,
-                    alike=options.alike,
-                    with_parts=options.parts,
-                    with_peer=options.peer,
-                )
-                record["results"].append(row)
-                print(summary(row), flush=True)
-                save(record, path)
-        except AssertionError as error:
-            record["wrong"] = str(error)
+    plans = [(shape, length) for shape in shapes for length in sorted(o.lengths)]
+    programs: dict[str, Any] = {}
+    for number, (shape, length) in enumerate(plans):
+        jobs = one_length.jobs(shape, length=length, config=config, with_parts=o.parts)
+        programs |= {f"{number}.{name}": job for name, job in jobs.items()}
+    print(f"{device.device_kind}: {len(programs)} programs to compile", flush=True)
+    try:
+        with ThreadPoolExecutor(1) as beside:
+            compiling = beside.submit(compile_all, programs)
+            for shape in shapes:
+                print(shape, flush=True)
+                for check in check_kernels(shape, length=max(o.lengths), config=config, kinds=kinds, alike=o.alike):
+                    record["checks"].append({"kv_heads": shape.kv_heads} | check)
+                    print(f"  correct at {check['length']} tokens, {check['inputs']} inputs", flush=True)
+            compiled = compiling.result()
+        more: dict[str, Any] = dict(kinds=kinds, alike=o.alike, with_parts=o.parts, with_peer=o.peer)
+        for number, (shape, length) in enumerate(plans):
+            own = {name.removeprefix(f"{number}."): x for name, x in compiled.items() if name.startswith(f"{number}.")}
+            row = one_length.measure_length(own, shape, length=length, config=config, **more)
+            record["results"].append(row)
+            print(summary(row), flush=True)
             save(record, path)
-            raise WrongResult(f"{shape}: {error}") from error
+    except AssertionError as error:
+        record["wrong"] = str(error)
+        save(record, path)
+        raise WrongResult(str(error)) from error
     for shape in shapes:
         for kind in kinds:
             found = break_even(points(record["results"], shape.kv_heads, kind))

@@ -80,12 +80,30 @@ def check_kernels(
     return found
 
 
+def tail_jobs(operands: Operands, cotangent: Any, *, config: NSAConfig) -> dict[str, Callable[[], Any]]:
+    """Compilations of what `check_tail` runs; arguments as shapes."""
+    start = max(0, operands.query.shape[1] - TAIL)
+    run = jax.jit(gradients(config, "xla", query_start=start, of_keys=False))
+
+    def arguments(operands: Operands, cotangent: Array, wide: bool) -> tuple[Operands, Blocks, Array]:
+        batch, length, kv_heads = operands.selected.key.shape[:3]
+        blocks = jnp.zeros((batch, length, kv_heads, config.num_selected), jnp.int32)
+        return _tail(operands, blocks, cotangent, wide=wide)
+
+    def job(wide: bool) -> Callable[[], Any]:
+        shapes = jax.eval_shape(functools.partial(arguments, wide=wide), operands, cotangent)
+        return lambda: run.lower(*shapes).compile(REFERENCE)
+
+    return {"tail.rounded": job(False), "tail.exact": job(True)}
+
+
 def check_tail(
-    operands: Operands, cotangent: Array, blocks: Blocks, out: Array, gradient: Operands, *, config: NSAConfig
+    compiled: dict[str, Any], operands: Operands, cotangent: Array, blocks: Blocks, out: Array, gradient: Operands
 ) -> dict[str, Any]:
     """The last queries of a sequence of any length: output, and gradients with respect to query and gates.
 
     Args:
+        compiled: what `tail_jobs` gave.
         operands, cotangent: of the whole sequence.
         blocks: that the kernels chose.
         out, gradient: of the kernels, to be judged.
@@ -93,18 +111,21 @@ def check_tail(
     Raises:
         AssertionError: they are wrong.
     """
-    length = operands.query.shape[1]
-    start = max(0, length - TAIL)
+    rounded, exact = (
+        unfailed(compiled[f"tail.{name}"])(*_tail(operands, blocks, cotangent, wide=wide))
+        for name, wide in (("rounded", False), ("exact", True))
+    )
+    actual = (out[:, -TAIL:], {"query": gradient.query[:, -TAIL:], "gates": gradient.gates[:, -TAIL:]})
+    return {"queries": min(TAIL, out.shape[1]), "errors": judge_all(actual, rounded, exact)}
 
-    def tail(x: Array) -> Array:
-        return x[:, start:]
 
-    last = operands._replace(query=tail(operands.query), gates=tail(operands.gates))
-    run = jax.jit(gradients(config, "xla", query_start=start, of_keys=False), compiler_options=REFERENCE)
-    rounded = run(last, tail(blocks), tail(cotangent))
-    exact = run(_widened(last), tail(blocks), _widened(tail(cotangent)))
-    actual = (tail(out), {"query": tail(gradient.query), "gates": tail(gradient.gates)})
-    return {"queries": length - start, "errors": judge_all(actual, rounded, exact)}
+def _tail(operands: Operands, blocks: Blocks, cotangent: Array, *, wide: bool) -> tuple[Operands, Blocks, Array]:
+    """The last queries, with all keys."""
+    last = operands._replace(query=operands.query[:, -TAIL:], gates=operands.gates[:, -TAIL:])
+    cotangent = cotangent[:, -TAIL:]
+    if wide:
+        last, cotangent = _widened(last), _widened(cotangent)
+    return last, blocks[:, -TAIL:], cotangent
 
 
 def gradients(

@@ -21,7 +21,7 @@ PROG = "python -m benchmarks.decode"
 CANDIDATES: dict[str, tuple[Any, ...]] = {
     "decode_compressed": ((0, 32, 2, 4), (0, 64, 4, 2), (0, 64, 4, 3), (0, 64, 4, 4), (0, 128, 4, 2)),
     "decode_programs": (264, 320, 396, 512, 640, 792),
-    "decode_choice": ((0, 32, 4, 2), (0, 64, 4, 2), (0, 64, 4, 3), (0, 64, 8, 2), (0, 64, 8, 3), (0, 128, 8, 2)),
+    "decode_choice": ((0, 0, 1, 1), (0, 0, 2, 1), (0, 0, 4, 1), (0, 0, 8, 1), (0, 0, 16, 1)),
     "decode_selected": ((0, 32, 4, 3), (0, 32, 4, 4), (0, 64, 2, 2), (0, 64, 4, 2), (0, 64, 4, 3), (0, 64, 4, 4)),
     "decode_selected_programs": (64, 96, 128, 192, 256, 384),
 }
@@ -68,6 +68,7 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
     from benchmarks.problems import Shape
     from benchmarks.record import ROOT, gpu, new_record, save, slug
     from benchmarks.steps import check_ragged
+    from benchmarks.timing import compile_all
     from nsa_jax import NSAConfig
 
     o, config = options, NSAConfig()
@@ -86,8 +87,16 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
         if options.tune:
             record["tiles"] = tune(shapes, length=o.lengths[0], config=config, device=device, table=options.json)
             return record
-        for length in sorted(o.lengths):
-            for row in measure_length(shapes, length=length, config=config, with_model=o.model):
+        more: dict[str, Any] = dict(config=config, with_model=o.model)
+        lengths = sorted(o.lengths)
+        programs = {
+            f"{length}.{x}": job for length in lengths for x, job in _jobs(shapes, length=length, **more).items()
+        }
+        print(f"  {len(programs)} programs to compile", flush=True)
+        compiled = compile_all(programs)
+        for length in lengths:
+            own = {x.removeprefix(f"{length}."): y for x, y in compiled.items() if x.startswith(f"{length}.")}
+            for row in measure_length(own, shapes, length=length, **more):
                 record["results"].append(row)
                 print(summary(row), flush=True)
                 save(record, path)
@@ -107,56 +116,69 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
     return record
 
 
-def measure_length(shapes: Sequence[Any], *, length: int, config: Any, with_model: bool) -> Any:
-    """A row of the record for each number of sequences; what fails, as for want of memory, leaves its error.
-
-    Raises:
-        AssertionError: the kernels are wrong.
-    """
+def _jobs(shapes: Sequence[Any], *, length: int, config: Any, with_model: bool) -> dict[str, Callable[[], Any]]:
+    """Compilations of what `measure_length` runs, for `compile_all`."""
     import functools
 
     import jax
 
     from benchmarks import baselines, steps
-    from benchmarks.timing import compile_all, shortened
     from train.config import PRESETS
 
-    def plan(shape: Any) -> tuple[int, int]:
-        """Bytes of a step, and problems in a loop."""
-        size = steps.bytes_read(steps.tokens_read(config, length), shape)
-        return size, steps.copies_for(size)
-
-    def looped(function: Callable[..., Any], shape: Any) -> Callable[[], Any]:
-        problem = jax.eval_shape(functools.partial(steps.draw, 0, shape=shape, length=length, config=config))
-        return lambda: steps.compile_loop(function, problem, plan(shape)[1])
-
+    draw = functools.partial(steps.draw, 0, length=length, config=config)
     jobs: dict[str, Callable[[], Any]] = {}
-    no_full = baselines.why_not_cudnn(shapes[0].dtype)
-    model = PRESETS["base"][1].model
     for shape in shapes:
-        name = str(shape.batch)
-        jobs[f"nsa.{name}"] = looped(functools.partial(steps.attend, config=config), shape)
-        if no_full is None:
+        problem, copies = jax.eval_shape(functools.partial(draw, shape=shape)), _plan(shape, length, config)[1]
+        nsa = functools.partial(steps.attend, config=config)
+        jobs[f"nsa.{shape.batch}"] = functools.partial(steps.compile_loop, nsa, problem, copies)
+        if baselines.why_not_cudnn(shape.dtype) is None:
             full = functools.partial(steps.full_attention, scale=shape.head_dim**-0.5)
-            jobs[f"full.{name}"] = looped(full, shape)
+            jobs[f"full.{shape.batch}"] = functools.partial(steps.compile_loop, full, problem, copies)
         if with_model:
             sizes = dict(batch=shape.batch, length=length)
-            jobs[f"model.{name}"] = functools.partial(steps.compile_model, model, 8192, **sizes)
-    compiled = compile_all(jobs)
+            jobs[f"model.{shape.batch}"] = functools.partial(
+                steps.compile_model, PRESETS["base"][1].model, 8192, **sizes
+            )
+    alone = dataclasses.replace(shapes[0], batch=1)
+    return jobs | steps.judge_jobs(jax.eval_shape(functools.partial(draw, shape=alone)), config)
 
+
+def _plan(shape: Any, length: int, config: Any) -> tuple[int, int]:
+    """Bytes of a step, and problems in a loop."""
+    from benchmarks import steps
+
+    size = steps.bytes_read(steps.tokens_read(config, length), shape)
+    return size, steps.copies_for(size)
+
+
+def measure_length(
+    compiled: dict[str, Any], shapes: Sequence[Any], *, length: int, config: Any, with_model: bool
+) -> Any:
+    """A row of the record for each number of sequences; what fails, as for want of memory, leaves its error.
+
+    Args:
+        compiled: what `_jobs` gave.
+
+    Raises:
+        AssertionError: the kernels are wrong.
+    """
+    from benchmarks import baselines, steps
+    from benchmarks.timing import shortened
+
+    no_full = baselines.why_not_cudnn(shapes[0].dtype)
     for shape in shapes:
-        size, copies = plan(shape)
+        size, copies = _plan(shape, length, config)
         row: dict[str, Any] = dict(batch=shape.batch, length=length, bytes=size, copies=copies)
         row["full_bytes"] = steps.bytes_read(length, shape)
-        found = {
-            name: compiled[f"{name}.{shape.batch}"] for name in ("nsa", "full") if no_full is None or name == "nsa"
+        loops = {
+            name: compiled[f"{name}.{shape.batch}"] for name in ("nsa", "full") if name == "nsa" or no_full is None
         }
         try:
-            row |= _measure_attention(found, shape, length=length, config=config, copies=copies)
+            row |= _measure_attention(compiled, loops, shape, length=length, config=config, copies=copies)
         except AssertionError:
             raise
         except Exception as error:
-            row |= {name: {"error": shortened(error)} for name in found}
+            row |= {name: {"error": shortened(error)} for name in loops}
         if no_full is not None:
             row["full"] = {"skipped": no_full}
         if with_model:
@@ -169,7 +191,7 @@ def measure_length(shapes: Sequence[Any], *, length: int, config: Any, with_mode
 
 
 def _measure_attention(
-    compiled: dict[str, Any], shape: Any, *, length: int, config: Any, copies: int
+    compiled: dict[str, Any], loops: dict[str, Any], shape: Any, *, length: int, config: Any, copies: int
 ) -> dict[str, Any]:
     """Check one sequence, then time; the problems are gone when this returns."""
     import jax
@@ -180,9 +202,9 @@ def _measure_attention(
     problems = tuple(
         jax.block_until_ready(steps.draw(seed, shape=shape, length=length, config=config)) for seed in range(copies)
     )
-    out = unfailed(compiled["nsa"]).compiled(*problems)[0][:1]
-    error = steps.check(out, steps.one_sequence(problems[0]), config)
-    return {"error_of_one_sequence": error} | {name: _attempt(loop, problems) for name, loop in compiled.items()}
+    out = unfailed(loops["nsa"]).compiled(*problems)[0][:1]
+    error = steps.check(compiled, out, steps.one_sequence(problems[0]))
+    return {"error_of_one_sequence": error} | {name: _attempt(loop, problems) for name, loop in loops.items()}
 
 
 def _attempt(compiled: Any, *arguments: Any) -> dict[str, Any]:

@@ -11,12 +11,11 @@ import jax
 from jaxtyping import Array
 
 from benchmarks import baselines, kernels, peer
-from benchmarks.checks import check_tail
+from benchmarks.checks import check_tail, tail_jobs
 from benchmarks.problems import InputKind, Operands, Shape, attend, draw
 from benchmarks.report import PASSES, Entry, ratios
 from benchmarks.timing import (
     attempt,
-    compile_all,
     compile_program,
     passes_from,
     passes_jobs,
@@ -31,7 +30,21 @@ from pallas_kernels.tiles import tiles_for
 SEED = 1
 
 
+def jobs(shape: Shape, *, length: int, config: NSAConfig, with_parts: bool) -> dict[str, Callable[[], Any]]:
+    """Compilations of what `measure_length` runs, for `compile_all`."""
+    wanted = {name for name, reason in _skipped(shape, length).items() if reason is None}
+    nsa = _nsa_jobs(shape, length=length, config=config, with_parts=with_parts)
+    return nsa | _dense_jobs(shape, length=length, config=config, wanted=wanted)
+
+
+def _skipped(shape: Shape, length: int) -> dict[str, str | None]:
+    """Why a baseline is not measured, or None."""
+    no_cudnn = baselines.why_not_cudnn(shape.dtype)
+    return {"full": no_cudnn, "window": no_cudnn, "shipped": baselines.why_not_shipped(length)}
+
+
 def measure_length(
+    compiled: dict[str, Any],
     shape: Shape,
     *,
     length: int,
@@ -41,7 +54,7 @@ def measure_length(
     with_parts: bool,
     with_peer: bool,
 ) -> dict[str, Any]:
-    """Compile everything side by side, then check and time one thing after the other.
+    """Check and time one thing after the other; `compiled` is what `jobs` gave.
 
     Raises:
         AssertionError: the kernels' results for the last queries are wrong.
@@ -50,25 +63,16 @@ def measure_length(
     def make(kind: InputKind) -> tuple[Operands, Array]:
         return jax.block_until_ready(draw(SEED, shape=shape, length=length, config=config, kind=kind, alike=alike))
 
-    skipped = {
-        "full": baselines.why_not_cudnn(shape.dtype),
-        "window": baselines.why_not_cudnn(shape.dtype),
-        "shipped": baselines.why_not_shipped(length),
-        "peer": peer.why_not(shape) if with_peer else "not asked for: --peer",
-    }
+    skipped = _skipped(shape, length)
+    skipped["peer"] = peer.why_not(shape) if with_peer else "not asked for: --peer"
     wanted = {name for name, reason in skipped.items() if reason is None}
-    compiled = compile_all(
-        _nsa_jobs(shape, length=length, config=config, with_parts=with_parts)
-        | _dense_jobs(shape, length=length, config=config, wanted=wanted)
-    )
-
     row: dict[str, Any] = {"kv_heads": shape.kv_heads, "length": length}
     row |= {"nsa": {}, "parts": {}, "unions": {}, "checks": {}}
     row |= {name: {"skipped": reason} for name, reason in skipped.items() if reason is not None}
     for kind in kinds:
         operands, cotangent = make(kind)
         try:
-            row["checks"][kind], row["unions"][kind] = _check(compiled, operands, cotangent, config)
+            row["checks"][kind], row["unions"][kind] = _check(compiled, operands, cotangent)
         except AssertionError:
             raise
         except Exception as error:
@@ -116,6 +120,7 @@ def _nsa_jobs(shape: Shape, *, length: int, config: NSAConfig, with_parts: bool)
 
     jobs = passes_jobs("nsa", nsa, tuple(operands), cotangent)
     jobs["blocks"] = lambda: compile_program(blocks, operands.query, operands.compressed.key)
+    jobs |= tail_jobs(operands, cotangent, config=config)
     if not with_parts:
         return jobs
     tiles = tiles_for(operands.query, shape.kv_heads, shape.value_head_dim)
@@ -152,13 +157,11 @@ def _dense_jobs(shape: Shape, *, length: int, config: NSAConfig, wanted: set[str
 # --------------------------------------------------------------------------------------------------- checking and timing
 
 
-def _check(
-    compiled: dict[str, Any], operands: Operands, cotangent: Array, config: NSAConfig
-) -> tuple[dict[str, Any], dict[str, float]]:
+def _check(compiled: dict[str, Any], operands: Operands, cotangent: Array) -> tuple[dict[str, Any], dict[str, float]]:
     """What `check_tail` found, and the unions of the blocks that the kernels chose."""
     blocks = unfailed(compiled["blocks"]).compiled(operands.query, operands.compressed.key)
     out, gradient = unfailed(compiled["nsa.both"]).compiled(cotangent, *operands)
-    found = check_tail(operands, cotangent, blocks, out, Operands(*gradient), config=config)
+    found = check_tail(compiled, operands, cotangent, blocks, out, Operands(*gradient))
     return found, union_sizes(blocks)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int32
 
 from benchmarks.checks import REFERENCE
 from benchmarks.problems import Shape
-from benchmarks.timing import CALLS_IN_LOOP, attempt, measure, repeated
+from benchmarks.timing import CALLS_IN_LOOP, attempt, compile_all, measure, repeated, unfailed
 from nsa_jax import KeyValue, NSACache, NSAConfig, ops
 from nsa_jax.shapes import Gates, Out, Query
 from nsa_jax.testing import assert_as_accurate
@@ -111,24 +111,33 @@ def check_ragged(shape: Shape, *, config: NSAConfig) -> dict[str, Any]:
     """
     shape = Shape(len(CHECKED), shape.heads, shape.kv_heads, shape.head_dim, shape.value_head_dim, shape.dtype)
     step = draw(0, shape=shape, length=max(CHECKED), config=config)._replace(lengths=jnp.asarray(CHECKED, jnp.int32))
+    out = jax.jit(functools.partial(attend, config=config))(step)
+    return {"lengths": list(CHECKED), "error": check(compile_all(judge_jobs(step, config)), out, step)}
+
+
+def judge_jobs(step: Any, config: NSAConfig) -> dict[str, Callable[[], Any]]:
+    """Compilations of what `check` runs; a step as shapes will do."""
+    judge = jax.jit(functools.partial(attend, config=config, implementation="xla"))
     return {
-        "lengths": list(CHECKED),
-        "error": check(jax.jit(functools.partial(attend, config=config))(step), step, config),
+        "judge.rounded": lambda: judge.lower(step).compile(REFERENCE),
+        "judge.exact": lambda: judge.lower(jax.eval_shape(_widened, step)).compile(REFERENCE),
     }
 
 
-def check(out: Out, step: Step, config: NSAConfig) -> float:
-    """The largest error of a step's output, over the largest value.
+def check(compiled: dict[str, Any], out: Out, step: Step) -> float:
+    """The largest error of a step's output, over the largest value; `compiled` is what `judge_jobs` gave.
 
     Raises:
         AssertionError: it errs more than twice as much as the reference in the same dtype.
     """
-    judge = jax.jit(functools.partial(attend, config=config, implementation="xla"), compiler_options=REFERENCE)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, step)
-    exact = judge(wide)
-    rounded = exact if step.query.dtype == jnp.float32 else judge(step)
+    rounded = unfailed(compiled["judge.rounded"])(step)
+    exact = unfailed(compiled["judge.exact"])(_widened(step))
     assert_as_accurate(out, rounded, exact, name="decode step", terms=step.selected.key.shape[1])
     return float(jnp.max(jnp.abs(out.astype(jnp.float32) - exact)) / jnp.max(jnp.abs(exact)))
+
+
+def _widened(step: Step) -> Step:
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, step)
 
 
 def one_sequence(step: Step, sequence: int = 0) -> Step:

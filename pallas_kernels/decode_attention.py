@@ -13,11 +13,11 @@ so no array of scores exists. What a tile's last block gives to the first of the
 length of each sequence; those that have nothing to read write nothing.
 
 Choice: grid (kind of work, key/value head, sequence). One program chooses the blocks, by sums times 2^(top - lse): the
-latency of a few small loads and counts. The others hide behind it: one joins the splits, the rest read the window's ring
-in place, where token p is in row p % w, since the order of keys is all one to a softmax.
+latency of a few small loads and counts. Beside it, one joins the splits.
 
-Selected: grid (part of the slots, key/value head, sequence). A program reads some of the chosen blocks. The one that ends
-last joins the parts, in their order, and forms the gated sum, rounded once: which one it is does not show.
+Selected: grid (part of the window or of the slots, key/value head, sequence). A program reads some of the chosen blocks, or
+of the window's ring in place, where token p is in row p % w, since the order of keys is all one to a softmax. The one that
+ends last joins the parts, in their order, and forms the gated sum, rounded once: which one it is does not show.
 """
 
 import functools
@@ -39,7 +39,6 @@ from pallas_kernels.selected_attention import held_keys
 from pallas_kernels.tiles import Tiles, tiles_for
 
 MAX_SPLITS = 32  # that one program joins
-WINDOW_PART = 128  # keys; the fewest that are worth a program
 HELD_SCORES = 16384  # numbers of heads and blocks that a program adds up at once
 JOINED = 8  # partial results that are under way at once
 
@@ -85,10 +84,10 @@ def decode_step(
         splits = programs(tiles.decode_programs)
         context = _compressed(lengths, query, *compressed, programs=splits, launch=launch, **more)
     launch = Launch(tiles.decode_choice, interpret)
-    chosen = _choice(lengths, query, *window, context, launch=launch, **more)
+    chosen = _choice(lengths, context, kv_heads=kv_heads, num_keys=num_keys, config=config, launch=launch)
     launch = Launch(tiles.decode_selected, interpret)
     parts = programs(tiles.decode_selected_programs)
-    out = _selected(lengths, query, *selected, gates, chosen, programs=parts, launch=launch, **more)
+    out = _selected(lengths, query, selected, window, gates, chosen, programs=parts, launch=launch, **more)
     return out.reshape(batch, 1, num_heads, value_size)
 
 
@@ -268,69 +267,53 @@ class Chosen(NamedTuple):
 
     blocks: Int32[Array, "B 1 K A"]
     arrived: Int32[Array, "B 1 K"]  # 0
-    window: Partial
     compressed: Float[Array, "B 1 K G V"] | None
 
 
 def _choice(
     lengths: Int32[Array, "B 1"],
-    query: Grouped,
-    key: Float[Array, "B w K H"],
-    value: Float[Array, "B w K V"],
     context: Context | None,
     *,
-    config: Config,
+    kv_heads: int,
     num_keys: int,
-    scale: float,
+    config: Config,
     launch: Launch,
 ) -> Chosen:
-    batch, window, kv_heads, value_size = value.shape
-    share = max(1, WINDOW_PART // launch.tile.keys)
-    window_parts = -(-window // (share * launch.tile.keys))
-    blocks = jax.ShapeDtypeStruct((batch, 1, kv_heads, config.num_selected), jnp.int32)
-    arrived = jax.ShapeDtypeStruct((batch, 1, kv_heads), jnp.int32)
-    outs: tuple[Any, ...] = (blocks, arrived, *_partial(query, window_parts, value_size))
-    inputs: tuple[Any, ...] = (lengths, query, key, value)
+    batch = lengths.shape[0]
+    outs: tuple[Any, ...] = (
+        jax.ShapeDtypeStruct((batch, 1, kv_heads, config.num_selected), jnp.int32),
+        jax.ShapeDtypeStruct((batch, 1, kv_heads), jnp.int32),
+    )
+    inputs: tuple[Any, ...] = (lengths,)
+    group = 1
     if context is not None:
-        outs += (_partial(query, 1, value_size)[0],)
+        out = context.partial.out
+        group = out.shape[3]
+        outs += (jax.ShapeDtypeStruct((batch, 1, *out.shape[2:]), jnp.float32),)
         inputs += (*context.partial, context.top, context.sums, *[context.after] * (context.after is not None))
     # A row of scores lies in registers: a long one in those of more warps.
     width = flash.next_power_of_2(-(-num_keys // config.select_block))
-    at_once = min(flash.next_power_of_2(query.shape[3]), max(1, HELD_SCORES // width))
+    at_once = min(flash.next_power_of_2(group), max(1, HELD_SCORES // width))
     warps = max(launch.tile.warps, min(16, at_once * width // 2048))
     launch = Launch(launch.tile._replace(warps=warps), launch.interpret)
-    cut = None if context is None else context.plan
-    kernel = functools.partial(_choice_kernel, cut=cut, width=width, at_once=at_once, share=share, tile=launch.tile)
-    blocks, arrived, out, lse, *joined = launch(
-        functools.partial(kernel, scale=scale, num_keys=num_keys, config=config),
+    kernel = functools.partial(_choice_kernel, cut=None if context is None else context.plan)
+    blocks, arrived, *joined = launch(
+        functools.partial(kernel, width=width, at_once=at_once, num_keys=num_keys, config=config),
         "nsa_decode_choice",
-        grid=((1 if cut is None else 2) + window_parts, kv_heads, batch),
+        grid=(1 if context is None else 2, kv_heads, batch),
         in_specs=flash.specs(inputs),
         out_specs=flash.specs(outs),
         out_shape=outs,
     )(*inputs)
-    return Chosen(blocks, arrived, Partial(out, lse), joined[0] if joined else None)
+    return Chosen(blocks, arrived, joined[0] if joined else None)
 
 
 def _choice_kernel(
-    length_ref: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    *refs: Any,
-    cut: Plan | None,
-    width: int,
-    at_once: int,
-    share: int,
-    tile: Tile,
-    scale: float,
-    num_keys: int,
-    config: Config,
+    length_ref: Any, *refs: Any, cut: Plan | None, width: int, at_once: int, num_keys: int, config: Config
 ) -> None:
-    joins = 0 if cut is None else 1
-    context_refs, (blocks_ref, arrived_ref, out_ref, lse_ref, *joined_refs) = refs[: -4 - joins], refs[-4 - joins :]
-    reach, heads, program = _reach(length_ref, num_keys, config), _Heads(q_ref.shape[1]), pl.program_id(0)
-    q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
+    reach, program = _reach(length_ref, num_keys, config), pl.program_id(0)
+    context_refs, out_refs = (refs[:-3], refs[-3:]) if cut is not None else ((), refs)
+    blocks_ref, arrived_ref, *joined_ref = out_refs
 
     @pl.when(program == 0)
     def choose() -> None:
@@ -350,24 +333,9 @@ def _choice_kernel(
 
         @pl.when(program == 1)
         def join() -> None:
-            out = _joined(context_refs[:2], cut.reach(reach.compressed)[2], heads, v_parts)
-            flash.store_parts(joined_refs[0], heads.at(0), v_parts, out, heads.live)
-
-    @pl.when(program > joins)
-    def read_window() -> None:
-        part = program - joins - 1
-        query = flash.load_parts(q_ref, heads.at(0), q_parts, heads.live)
-
-        def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
-            row = j * tile.keys + lax.iota(jnp.int32, tile.keys)
-            return _read(heads, query, (k_ref, v_ref), row, row < reach.ring if masked else None, state, scale)
-
-        num_tiles = flash.ceil_div(reach.ring, tile.keys)
-        first = jnp.minimum(part * share, num_tiles)
-        last = jnp.minimum(first + share, num_tiles)
-        start = flash.softmax_start(heads.count, v_parts)
-        state = flash.over_whole_tiles(first, reach.ring // tile.keys, last, step, start)
-        heads.store_partial(out_ref, lse_ref, part, v_parts, state, scale)
+            heads, v_parts = _Heads(joined_ref[0].shape[1]), flash.head_parts(joined_ref[0].shape[2])
+            out = _joined(context_refs[:2], 0, cut.reach(reach.compressed)[2], cut.splits, heads, v_parts)
+            flash.store_parts(joined_ref[0], heads.at(0), v_parts, out, heads.live)
 
 
 def _importance(refs: Any, num_visible: Any, block: Array, candidate: Array, cut: Plan, at_once: int) -> Array:
@@ -385,7 +353,7 @@ def _importance(refs: Any, num_visible: Any, block: Array, candidate: Array, cut
     def add(i: Any, score: Array) -> Array:
         head = i * at_once + lax.iota(jnp.int32, at_once)
         live = head < group
-        lse = _joint_lse(lse_ref, num_splits, head, live)
+        lse = _joint_lse(lse_ref, 0, num_splits, cut.splits, head, live)
         for ref, index, tile, given in terms:
             mask = jnp.broadcast_to(given, shape) & jnp.broadcast_to(live[:, None], shape)
             heads = jnp.broadcast_to(head[:, None], shape)
@@ -409,8 +377,8 @@ def _importance(refs: Any, num_visible: Any, block: Array, candidate: Array, cut
 def _selected(
     lengths: Int32[Array, "B 1"],
     query: Grouped,
-    key: Float[Array, "B L K H"],
-    value: Float[Array, "B L K V"],
+    selected: tuple[Array, Array],
+    window: tuple[Array, Array],
     gates: Float[Array, "B 1 K G 3"],
     chosen: Chosen,
     *,
@@ -421,20 +389,24 @@ def _selected(
     launch: Launch,
 ) -> Float[Array, "B 1 K G V"]:
     batch, _, kv_heads, group, _ = query.shape
+    value_size = selected[1].shape[-1]
     slots = -(-config.num_selected // min(programs, config.num_selected))
-    num_parts = -(-config.num_selected // slots)
-    inputs: tuple[Any, ...] = (lengths, query, key, value, gates, chosen.blocks, *chosen.window)
+    slot_parts = -(-config.num_selected // slots)
+    # Of the window a program reads about as much.
+    share = -(-slots * config.select_block // launch.tile.keys)
+    window_parts = -(-window[0].shape[1] // (share * launch.tile.keys))
+    inputs: tuple[Any, ...] = (lengths, query, *selected, *window, gates, chosen.blocks)
     if chosen.compressed is not None:
         inputs += (chosen.compressed,)
     inputs += (chosen.arrived,)
-    out = jax.ShapeDtypeStruct((batch, 1, kv_heads, group, value.shape[-1]), value.dtype)
+    out = jax.ShapeDtypeStruct((batch, 1, kv_heads, group, value_size), selected[1].dtype)
     arrived = jax.ShapeDtypeStruct(chosen.arrived.shape, jnp.int32)
-    outs = (out, arrived, *_partial(query, num_parts, value.shape[-1]))
-    kernel = functools.partial(_selected_kernel, slots=slots, held=held_keys(config, launch.tile), scale=scale)
+    outs = (out, arrived, *_partial(query, window_parts + slot_parts, value_size))
+    kernel = functools.partial(_selected_kernel, slots=slots, share=share, window_parts=window_parts, tile=launch.tile)
     return launch(
-        functools.partial(kernel, num_keys=num_keys, config=config),
+        functools.partial(kernel, scale=scale, num_keys=num_keys, config=config),
         "nsa_decode_selected",
-        grid=(num_parts, kv_heads, batch),
+        grid=(window_parts + slot_parts, kv_heads, batch),
         in_specs=flash.specs(inputs),
         out_specs=flash.specs(outs),
         out_shape=outs,
@@ -445,51 +417,67 @@ def _selected(
 def _selected_kernel(
     length_ref: Any,
     q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
+    k_slc_ref: Any,
+    v_slc_ref: Any,
+    k_win_ref: Any,
+    v_win_ref: Any,
     gates_ref: Any,
     blocks_ref: Any,
-    out_win_ref: Any,
-    lse_win_ref: Any,
     *refs: Any,
     slots: int,
-    held: int,
+    share: int,
+    window_parts: int,
+    tile: Tile,
     scale: float,
     num_keys: int,
     config: Config,
 ) -> None:
-    *compressed_ref, _, o_ref, arrived_ref, out_slc_ref, lse_slc_ref = refs
+    *compressed_ref, _, o_ref, arrived_ref, out_ref, lse_ref = refs
     reach, heads, part = _reach(length_ref, num_keys, config), _Heads(q_ref.shape[1]), pl.program_id(0)
-    q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
+    q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(o_ref.shape[-1])
     query = flash.load_parts(q_ref, heads.at(0), q_parts, heads.live)
-    size = config.select_block
-    tiles = -(-size // held)
-
-    def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
-        slot, in_block = flash.divide(j, tiles)
-        in_block = in_block * held + lax.iota(jnp.int32, held)
-        token = blocks_ref[0, slot] * size + in_block
-        exists = (in_block < size) & (token < reach.tokens) if masked else None
-        return _read(heads, query, (k_ref, v_ref), token, exists, state, scale)
-
-    # A query chooses as many of its candidates as it may. Of the last block, which is most often its own, tiles that begin
-    # at tokens to come are left out, and others masked.
-    count = jnp.minimum(reach.own_block + 1, config.num_selected)
-    before = jnp.maximum(count - 1, 0)
-    reached = jnp.minimum(reach.tokens - blocks_ref[0, before] * size, size)
-    last = before * tiles + jnp.where(count > 0, flash.ceil_div(reached, held), 0)
-    whole = before * tiles if tiles * held == size else 0
-    first = jnp.minimum(part * slots * tiles, last)
     start = flash.softmax_start(heads.count, v_parts)
-    state = flash.over_whole_tiles(first, whole, jnp.minimum(first + slots * tiles, last), step, start)
-    heads.store_partial(out_slc_ref, lse_slc_ref, part, v_parts, state, scale)
+
+    @pl.when(part < window_parts)
+    def read_window() -> None:
+        def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
+            row = j * tile.keys + lax.iota(jnp.int32, tile.keys)
+            return _read(heads, query, (k_win_ref, v_win_ref), row, row < reach.ring if masked else None, state, scale)
+
+        num_tiles = flash.ceil_div(reach.ring, tile.keys)
+        first = jnp.minimum(part * share, num_tiles)
+        last = jnp.minimum(first + share, num_tiles)
+        state = flash.over_whole_tiles(first, reach.ring // tile.keys, last, step, start)
+        heads.store_partial(out_ref, lse_ref, part, v_parts, state, scale)
+
+    @pl.when(part >= window_parts)
+    def read_blocks() -> None:
+        size, held = config.select_block, held_keys(config, tile)
+        tiles = -(-size // held)
+
+        def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
+            slot, in_block = flash.divide(j, tiles)
+            in_block = in_block * held + lax.iota(jnp.int32, held)
+            token = blocks_ref[0, slot] * size + in_block
+            exists = (in_block < size) & (token < reach.tokens) if masked else None
+            return _read(heads, query, (k_slc_ref, v_slc_ref), token, exists, state, scale)
+
+        # A query chooses as many of its candidates as it may. Of the last block, which is most often its own, tiles that
+        # begin at tokens to come are left out, and others masked.
+        count = jnp.minimum(reach.own_block + 1, config.num_selected)
+        before = jnp.maximum(count - 1, 0)
+        reached = jnp.minimum(reach.tokens - blocks_ref[0, before] * size, size)
+        last = before * tiles + jnp.where(count > 0, flash.ceil_div(reached, held), 0)
+        whole = before * tiles if tiles * held == size else 0
+        first = jnp.minimum((part - window_parts) * slots * tiles, last)
+        state = flash.over_whole_tiles(first, whole, jnp.minimum(first + slots * tiles, last), step, start)
+        heads.store_partial(out_ref, lse_ref, part, v_parts, state, scale)
 
     @pl.when(flash.arrive(arrived_ref) == pl.num_programs(0) - 1)
     def finish() -> None:
-        out_win, out_slc = (
-            _joined(refs, refs[0].shape[0], heads, v_parts)
-            for refs in ((out_win_ref, lse_win_ref), (out_slc_ref, lse_slc_ref))
-        )
+        slot_parts = out_ref.shape[0] - window_parts
+        out_win = _joined((out_ref, lse_ref), 0, window_parts, window_parts, heads, v_parts)
+        out_slc = _joined((out_ref, lse_ref), window_parts, slot_parts, slot_parts, heads, v_parts)
         out_cmp = tuple(jnp.zeros_like(out) for out in out_slc)
         for ref in compressed_ref:
             out_cmp = flash.load_parts(ref, heads.at(0), v_parts, heads.live)
@@ -561,33 +549,36 @@ def _read(
     return flash.softmax_step(state, flash.dot_parts(query, key), scale, value, visible)
 
 
-def _joint_lse(lse_ref: Any, count: Any, head: Array, live: Array) -> Array:
-    """Of `count` partial results `[parts, G]`, for some heads."""
-    shape = (flash.next_power_of_2(lse_ref.shape[0]), head.shape[0])
+def _joint_lse(lse_ref: Any, first: int, count: Any, most: int, head: Array, live: Array) -> Array:
+    """Of `count` partial results from `first` on, at most `most`, for some heads; `lse_ref` is `[parts, G]`."""
+    shape = (flash.next_power_of_2(most), head.shape[0])
     part = jnp.broadcast_to(lax.iota(jnp.int32, shape[0])[:, None], shape)
     mask = (part < count) & jnp.broadcast_to(live[None, :], shape)
-    lse = pltriton.load(lse_ref.at[part, jnp.broadcast_to(head[None, :], shape)], mask=mask, other=flash.MASKED)
+    where = first + part, jnp.broadcast_to(head[None, :], shape)
+    lse = pltriton.load(lse_ref.at[where], mask=mask, other=flash.MASKED)
     highest = jnp.max(lse, axis=0)
     return highest + jnp.log2(jnp.sum(flash.exp2(lse - highest[None, :]), axis=0))
 
 
-def _joined(refs: Any, count: Any, heads: _Heads, parts: tuple[flash.Part, ...]) -> tuple[Array, ...]:
-    """The attention to all keys of `count` partial results, or 0."""
+def _joined(
+    refs: Any, first: int, count: Any, most: int, heads: _Heads, parts: tuple[flash.Part, ...]
+) -> tuple[Array, ...]:
+    """The attention to all keys of `count` partial results from `first` on, at most `most`, or 0."""
     out_ref, lse_ref = refs
-    at_once = min(JOINED, out_ref.shape[0])
-    lse = _joint_lse(lse_ref, count, heads.head, heads.live)
+    at_once = min(JOINED, most)
+    lse = _joint_lse(lse_ref, first, count, most, heads.head, heads.live)
 
     def add(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         for place in range(at_once):
             place = i * at_once + place
-            where, live = heads.at(place), heads.live & (place < count)
+            where, live = heads.at(first + place), heads.live & (place < count)
             weight = jnp.where(live, flash.exp2(flash.load_rows(lse_ref, where, live) - lse), 0.0)
             outs = flash.load_parts(out_ref, where, parts, live)
             sums = tuple(total + weight[:, None] * out for total, out in zip(sums, outs, strict=True))
         return sums
 
     sums = tuple(jnp.zeros((heads.count, part.width), jnp.float32) for part in parts)
-    if at_once == out_ref.shape[0]:
-        return add(jnp.int32(0), sums)
+    if at_once == most:
+        return add(0, sums)
     turns = flash.ceil_div(jnp.asarray(count, jnp.int32), at_once)
     return lax.fori_loop(jnp.int32(0), turns, add, sums)

@@ -21,8 +21,8 @@ SELECTED_ROWS = 32
 # Groups that fill too little of a tile of one query.
 BY_BLOCK_BELOW = 8
 # A few for each processor of a large GPU: one that waits for memory wants others beside it.
-DECODE_PROGRAMS = 512
-DECODE_SELECTED_PROGRAMS = 256
+DECODE_PROGRAMS = 264
+DECODE_SELECTED_PROGRAMS = 192
 TABLE = Path(__file__).with_name("tiles.json")
 
 
@@ -44,10 +44,10 @@ class Tiles:
     selected_by_block: Tile  # forward by block
     selected_add: Tile  # sums of partial results
     decode_compressed: Tile
-    decode_choice: Tile  # keys are the window's
+    decode_choice: Tile
     decode_selected: Tile
     decode_programs: int  # that share the compressed tokens of all sequences
-    decode_selected_programs: int  # that share their chosen blocks
+    decode_selected_programs: int  # that share their chosen blocks; of the window each reads about as much
     by_block: bool  # whether the selected branch's forward and dq go by block
 
 
@@ -106,7 +106,7 @@ def rule(dtype: str, size: int, value_size: int, group: int) -> Tiles:
         selected_by_block=Tile(rows, _power_of_2_below(2**16 // held, 16, 128), 4, 2),
         selected_add=Tile(16, 0, 4, 1),
         decode_compressed=decode,
-        decode_choice=decode,
+        decode_choice=Tile(0, 0, 8, 1),
         decode_selected=decode,
         decode_programs=DECODE_PROGRAMS,
         decode_selected_programs=DECODE_SELECTED_PROGRAMS,

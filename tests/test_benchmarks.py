@@ -183,10 +183,11 @@ def test_a_wrong_tail_is_found(monkeypatch):
     operands, cotangent = problems.draw(0, shape=SHAPE, length=48, config=SMALL)
     blocks = ops.select_blocks(operands.query, operands.compressed.key, config=SMALL, num_keys=48)
     out, gradient = jax.jit(checks.gradients(SMALL, "xla"))(operands, blocks, cotangent)
-    tail = (operands, cotangent, blocks)
-    assert checks.check_tail(*tail, out, problems.Operands(**gradient), config=SMALL)["queries"] == 16
+    compiled = timing.compile_all(checks.tail_jobs(operands, cotangent, config=SMALL))
+    tail = (compiled, operands, cotangent, blocks)
+    assert checks.check_tail(*tail, out, problems.Operands(**gradient))["queries"] == 16
     with pytest.raises(AssertionError, match="out: error"):
-        checks.check_tail(*tail, out.at[0, -1].add(0.1), problems.Operands(**gradient), config=SMALL)
+        checks.check_tail(*tail, out.at[0, -1].add(0.1), problems.Operands(**gradient))
 
 
 def test_choices_may_differ_only_where_scores_tie():

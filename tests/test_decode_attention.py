@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
 TILES = dataclasses.replace(
     tiles.rule("float32", 16, 16, 1),
     decode_compressed=Tile(0, 16, 4, 2),
-    decode_choice=Tile(0, 16, 4, 2),
+    decode_choice=Tile(0, 0, 4, 1),
     decode_selected=Tile(0, 16, 4, 2),
     decode_programs=999,
     decode_selected_programs=999,
@@ -39,7 +39,6 @@ TILES = dataclasses.replace(
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(decode_attention, "MAX_SPLITS", 3)
-    monkeypatch.setattr(decode_attention, "WINDOW_PART", 16)
     monkeypatch.setattr(decode_attention, "HELD_SCORES", 16)
     monkeypatch.setattr(decode_attention, "JOINED", 2)
 
