@@ -134,9 +134,7 @@ class Context(NamedTuple):
     partial: Partial
     top: Float[Array, "B G K tiles"]
     sums: Float[Array, "B G K blocks"]
-    after: (
-        Float[Array, "B G K tiles"] | None
-    )  # what the tile's last block gives to the next; None if none shares a token
+    after: Float[Array, "B G K tiles"] | None  # from the tile's last block to the next; None if none shares a token
 
 
 def plan(config: Config, num_compressed: int, *, keys: int, programs: int) -> Plan:
