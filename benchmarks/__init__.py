@@ -10,6 +10,7 @@ timing.py      ahead-of-time compilation, and the rule of measurement
 kernels.py     each kernel of pallas_kernels alone, with inputs as it has them in a training step
 baselines.py   full attention: cuDNN, and the kernel that ships with JAX
 peer.py        a PyTorch NSA, where it is installed
+command.py     what their command lines share
 record.py      where and how a measurement was made; files
 figure.py      time and ratio over length
 """

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.command import WrongResult, command_line
+
 PROG = "python -m benchmarks.attention"
 
 
@@ -49,10 +51,6 @@ class Options:
 
     def kinds(self) -> tuple[Literal["random", "alike"], ...]:
         return ("random", "alike") if self.inputs == "both" else (self.inputs,)
-
-
-class WrongResult(Exception):
-    """The kernels disagree with the reference."""
 
 
 def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
@@ -135,20 +133,7 @@ def _plain(options: Options) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     """Run a command line; returns the exit code."""
-    import tyro
-
-    from benchmarks.record import NoGPU
-
-    options = tyro.cli(Options, prog=PROG, args=argv)
-    try:
-        run(options, argv)
-    except (NoGPU, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except WrongResult as error:
-        print(f"error: the kernels are wrong, so they have no time: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command_line(PROG, Options, lambda options: run(options, argv), argv)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.command import WrongResult, command_line
+
 PROG = "python -m benchmarks.decode"
 
 # Of a tile: (rows, keys, warps, stages); the kernels know their rows.
@@ -63,7 +65,6 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
         WrongResult: the kernels are wrong; nothing was timed from there on.
         ValueError: the options fit no problem.
     """
-    from benchmarks.attention import WrongResult
     from benchmarks.figure import draw_decode
     from benchmarks.problems import Shape
     from benchmarks.record import ROOT, gpu, new_record, save, slug
@@ -351,21 +352,7 @@ def _us(entry: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run a command line; returns the exit code."""
-    import tyro
-
-    from benchmarks.attention import WrongResult
-    from benchmarks.record import NoGPU
-
-    options = tyro.cli(Options, prog=PROG, args=argv)
-    try:
-        run(options, argv)
-    except (NoGPU, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except WrongResult as error:
-        print(f"error: the kernels are wrong, so they have no time: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command_line(PROG, Options, lambda options: run(options, argv), argv)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ from typing import Any
 
 import jax
 
+from benchmarks.command import NoGPU
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "torch")
 # Fields of every record; programs add their own.
 FIELDS = ("command", "date", "device", "python", "packages", "driver", "commit", "dirty")
-
-
-class NoGPU(Exception):
-    """There is nothing to measure on."""
 
 
 def gpu(program: str) -> jax.Device:

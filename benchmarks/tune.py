@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.command import command_line
+
 PROG = "python -m benchmarks.tune"
 # (rows, keys, warps, stages)
 Candidate = tuple[int, int, int, int]
@@ -277,17 +279,7 @@ def _format_entry(entry: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run a command line; returns the exit code."""
-    import tyro
-
-    from benchmarks.record import NoGPU
-
-    options = tyro.cli(Options, prog=PROG, args=argv)
-    try:
-        run(options)
-    except (NoGPU, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command_line(PROG, Options, run, argv)
 
 
 if __name__ == "__main__":
