@@ -238,7 +238,7 @@ def test_eval_niah_goes_on_after_an_interruption(runs, tmp_path, capsys, monkeyp
     assert task["cells"][0]["hit_rate_of_random_blocks"] == pytest.approx(3 / 79, rel=0.05)
     for name in ("niah.png", "niah_selection.png"):
         assert (tmp_path / "whole" / name).read_bytes().startswith(b"\x89PNG")
-    assert list(mean_hit_rates(whole)) == ["single_2, 320 tokens"]
+    assert list(mean_hit_rates(whole)) == ["single_2, 320 tokens\nblocks at random: 4%"]
 
     counted, score = [], evaluate_niah.score
 

@@ -272,13 +272,15 @@ def evaluate_niah(
 
 
 def mean_hit_rates(result: dict[str, Any]) -> dict[str, list]:
-    """Of what `evaluate_niah` returned: task -> `[L][K]`, the mean over the depths of its longest length; empty without NSA."""
+    """Of what `evaluate_niah` returned: title -> `[L][K]`, means over the depths of a task's longest length; {} without NSA."""
     rates = {}
     for task, found in result["tasks"].items():
         longest = max(cell["length"] for cell in found["cells"])
-        some = [cell["hit_rate"] for cell in found["cells"] if "hit_rate" in cell and cell["length"] == longest]
+        some = [cell for cell in found["cells"] if "hit_rate" in cell and cell["length"] == longest]
         if some:
-            rates[f"{task}, {longest} tokens"] = np.mean(some, axis=0).tolist()
+            chance = np.mean([cell["hit_rate_of_random_blocks"] for cell in some])
+            title = f"{task}, {longest} tokens\nblocks at random: {chance:.0%}"
+            rates[title] = np.mean([cell["hit_rate"] for cell in some], axis=0).tolist()
     return rates
 
 
