@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import MODEL, make_config, random_params, replace_model, save_untrained
-from train import evaluate_mqar, evaluate_niah
+from train import evaluate_mqar, evaluate_niah, evaluation
 from train.__main__ import main
 from train.checkpoint import CheckpointError
 from train.data import Document
@@ -371,6 +372,39 @@ def test_parts_are_computed_once_and_read_back_exactly(tmp_path, capsys):
     assert computed == [0, 1, 2]
     out = capsys.readouterr().out
     assert "some.parts.jsonl has 2 of 3 parts: going on" in out and "some 3/3  part 2" in out
+
+
+def test_parts_of_other_code_are_computed_anew(tmp_path, capsys, monkeypatch):
+    with Parts(tmp_path, "some", {}, total=1) as parts:
+        assert parts("one", lambda: 1) == 1
+    capsys.readouterr()
+    monkeypatch.setattr(evaluation, "code_sha256", lambda: "other")
+    with Parts(tmp_path, "some", {}, total=1) as parts:
+        assert parts("one", lambda: 2) == 2
+    out = capsys.readouterr().out
+    assert "is of other settings, so it starts anew:\n  code_sha256: " in out and '"other" here' in out
+
+
+def test_any_source_file_counts_as_code(tmp_path, monkeypatch):
+    (tmp_path / "new.py").write_text("")
+    (tmp_path / "unread.txt").write_text("")
+
+    def digest_of_this_folder():
+        evaluation.code_sha256.cache_clear()
+        return evaluation.code_sha256()
+
+    before = digest_of_this_folder()
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda _: spec)
+    digests = [before, digest_of_this_folder()]
+    (tmp_path / "unread.txt").write_text("changed")
+    assert digest_of_this_folder() == digests[1]
+    for path, text in (("new.py", "changed"), ("tiles.json", "{}")):
+        (tmp_path / path).write_text(text)
+        digests.append(digest_of_this_folder())
+    assert len(set(digests)) == 4
+    monkeypatch.undo()
+    assert digest_of_this_folder() == before
 
 
 def test_an_error_leaves_what_was_done(tmp_path):

@@ -294,7 +294,7 @@ def _choose(
     for task in tasks or TASKS:
         for length in lengths:
             try:
-                maker.make(Draws(0), task, length=length, depth=0)
+                maker.check(task, length=length)
                 chosen.append((task, length))
             except ValueError as error:
                 if not may_leave_out:

@@ -213,7 +213,7 @@ def selected_blocks(
 
     _label_map(figure, (row_queries, column_blocks), select_block)
     levels = BoundaryNorm([heads + 0.5 for heads in range(num_heads + 1)], num_heads)
-    bar = figure.colorbar(ScalarMappable(levels, ListedColormap(shades)), ax=panels, pad=0.02, aspect=30)
+    bar = figure.colorbar(ScalarMappable(levels, ListedColormap(shades)), ax=panels, pad=0.02, aspect=30 * rows)
     bar.set_ticks(list(range(num_heads, 0, -max(1, num_heads // 8))))
     bar.minorticks_off()
     bar.set_label(f"K/V heads that chose the block (of {num_heads})", fontsize=9, color=INK)
@@ -332,7 +332,7 @@ def unions(unions: Mapping[int, ArrayLike], path: str | Path, *, mean_blocks: fl
         num_layers, num_heads = values.shape
         depth, highest = np.arange(num_layers), max(highest, values.max())
         if num_heads > 1:
-            beside = np.repeat(depth + 0.008 * num_layers * (row - (len(unions) - 1) / 2), num_heads)
+            beside = np.repeat(depth + _side_by_side(num_layers) * (row - (len(unions) - 1) / 2), num_heads)
             axes.scatter(beside, values.ravel(), s=9, color=colour, alpha=0.5, linewidths=0)
         axes.plot(depth, values.mean(axis=1), color=colour, marker=marker, **LINE, label=f"{count} queries")
     axes.axhline(mean_blocks, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"one ({mean_blocks:.1f})")
@@ -407,7 +407,7 @@ def coverage(
             axis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
         if heads.shape[0] <= 12 and heads.shape[1] <= 8:
             for (layer, head), value in np.ndenumerate(heads):
-                ink = PAPER if value < 0.5 else INK
+                ink = PAPER if value < 0.6 else INK
                 axes.text(head, layer, f"{value:.0%}", ha="center", va="center", fontsize=8, color=ink)
         bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
         bar.ax.yaxis.set_major_formatter(_format_share)
@@ -483,7 +483,7 @@ def gates(gates: ArrayLike, path: str | Path) -> Path:
     for branch, ((name, colour), marker) in enumerate(zip(BRANCH_COLOURS.items(), MARKERS, strict=False)):
         if num_heads > 1:
             # Side by side, so that the heads of one branch do not cover those of another.
-            beside = np.repeat(depth + 0.008 * num_layers * (branch - 1), num_heads)
+            beside = np.repeat(depth + _side_by_side(num_layers) * (branch - 1), num_heads)
             axes.scatter(beside, heads[:, :, branch], s=9, color=colour, alpha=0.35, linewidths=0)
         axes.plot(depth, heads[:, :, branch].mean(axis=1), color=colour, marker=marker, **LINE, label=name)
     axes.set(xlim=(-0.4, num_layers - 0.6), ylim=(-0.02, 1.02))
@@ -630,7 +630,7 @@ def _draw_shares(
     figure.supxlabel(x, fontsize=10, color=INK)
     figure.supylabel(y, fontsize=10, color=INK)
     assert shown is not None
-    bar = figure.colorbar(shown, ax=figure.axes, pad=0.02, aspect=30)
+    bar = figure.colorbar(shown, ax=figure.axes, pad=0.02, aspect=30 * rows)
     bar.set_label(label, fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8, labelcolor=INK, length=0)
     bar.outline.set_visible(False)
@@ -852,6 +852,11 @@ def _format_tokens(tokens: float, _: float | None = None) -> str:
 
 def _format_share(share: float, _: float | None = None) -> str:
     return f"{share:.0%}"
+
+
+def _side_by_side(num_layers: int) -> float:
+    """How far dots that belong to one layer stand apart, in layers: to be told apart, and from those of the next layer."""
+    return min(0.008 * num_layers, 0.15)
 
 
 def _run_styles() -> Iterator[tuple[str, str]]:
