@@ -133,7 +133,7 @@ class NeedleMaker:
     def __init__(self, tokenizer: Tokenizer, text: Haystack):
         self._text = text
         self._encode = functools.lru_cache(maxsize=4096)(tokenizer.encode)
-        self._least_length = functools.cache(self._find_least_length)
+        self.least_length = functools.cache(self._measure_least_length)
         sample = "One of the special magic numbers for a-b is: 0123456789abcdef."
         if (decoded := tokenizer.decode(tokenizer.encode(sample))).strip() != sample:
             raise ValueError(
@@ -201,18 +201,18 @@ class NeedleMaker:
 
     def check(self, task: NeedleTask, *, length: int) -> None:
         """Raise `ValueError` where an example of whatever draws might not fit in a length, or the text is shorter than that."""
-        if length < self._least_length(task):
+        if length < self.least_length(task):
             raise self._too_short(task, length)
         if RECIPES[task].haystack == "text":
             self._fill(Draws(0), RECIPES[task], length, [])
 
-    def _find_least_length(self, task: NeedleTask) -> int:
+    def _measure_least_length(self, task: NeedleTask) -> int:
         """Room for the longest of many needles, and a token of haystack."""
         draws = Draws(0)
         return 1 + max(self._draw_parts(draws, RECIPES[task]).size for _ in range(TRIES))
 
     def _too_short(self, task: NeedleTask, length: int) -> ValueError:
-        least = self._least_length(task)
+        least = self.least_length(task)
         return ValueError(
             f"{length=} is too short for {task!r}, whose needles and question take up to {least - 1} tokens of this tokenizer: "
             f"give at least {least}, and several times that for a haystack worth the name"
