@@ -219,15 +219,11 @@ NIAH = ["--depths", "3", "--examples", "2", "--batch-size", "2"]
 def test_eval_niah_goes_on_after_an_interruption(runs, tmp_path, capsys, monkeypatch):
     command = ["eval", "niah", "--run", str(runs / "nsa"), *NIAH, "--generate", "2"]
     command += ["--tasks", "single_2", "--text", str(runs / "text.txt"), "--lengths", "320"]
-    compiled = SelectionAnswers(open_run(runs / "nsa").network)
-
-    class Compiled(SelectionAnswers):
-        """Once for all of these starts."""
-
-        def __init__(self, network):
-            self._answer = compiled._answer
-
-    monkeypatch.setattr(evaluate_niah, "SelectionAnswers", Compiled)
+    # Compiled once for all of these starts.
+    run = open_run(runs / "nsa")
+    compiled = SelectionAnswers(run.network)
+    monkeypatch.setattr("train.runs.open_run", lambda *_, **__: run)
+    monkeypatch.setattr(SelectionAnswers, "__init__", lambda self, _: setattr(self, "_answer", compiled._answer))
     assert main([*command, "--output", str(tmp_path / "whole")]) == 0
     whole = json.loads((tmp_path / "whole" / "niah.json").read_text())
     out = capsys.readouterr().out
@@ -268,8 +264,17 @@ def test_eval_niah_goes_on_after_an_interruption(runs, tmp_path, capsys, monkeyp
     assert len(counted) == 5 + 4
 
 
-def test_a_run_without_nsa_has_no_hit_rates(runs, tmp_path, capsys):
-    command = ["eval", "niah", "--run", str(runs / "window"), *NIAH, "--generate", "0", "--output", str(tmp_path)]
+@pytest.mark.parametrize("predict, right", [(finds_needles, 1), (says_five, 0)], ids=["perfect", "blind"])
+def test_eval_niah_of_planted_models_without_nsa(runs, tmp_path, capsys, monkeypatch, predict, right):
+    monkeypatch.setattr(evaluate_niah, "Answers", lambda network: Answers(Planted(predict)))
+
+    def decode(run, prompts, num_tokens):
+        """Greedy, as its one prediction is for the whole answer."""
+        padded = np.pad(prompts, ((0, 0), (0, num_tokens)), constant_values=ord(" "))
+        return predict(padded)[:, prompts.shape[1] - 1 : -1]
+
+    monkeypatch.setattr(evaluate_niah, "decode", decode)
+    command = ["eval", "niah", "--run", str(runs / "window"), *NIAH, "--generate", "3", "--output", str(tmp_path)]
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "has attention='window', which selects nothing: no hit rates" in out
@@ -277,8 +282,31 @@ def test_a_run_without_nsa_has_no_hit_rates(runs, tmp_path, capsys):
     result = json.loads((tmp_path / "niah.json").read_text())
     assert set(result["tasks"]) == {"passkey", "single_1", "single_2", "single_3", "multikey_2"}
     assert {cell["length"] for cell in result["tasks"]["passkey"]["cells"]} == {192, 384}
-    assert "hit_rate" not in result["tasks"]["passkey"]["cells"][0]
+    for task in result["tasks"].values():
+        for cell in task["cells"]:
+            assert cell["exact"] == cell["values"] == right and "hit_rate" not in cell
+        for decoded in task["decoded"]:
+            assert (decoded["exact"], decoded["agree"]) == (right, 1) and 1 <= decoded["examples"] <= 3
     assert not (tmp_path / "niah_selection.png").exists()
+
+
+def test_decoding_that_differs_from_teacher_forcing_is_seen(runs, monkeypatch):
+    """Of six examples over three depths, no two the same, one in the wrong."""
+    monkeypatch.setattr(evaluate_niah, "Answers", lambda network: Answers(Planted(finds_needles)))
+
+    def decode(run, prompts, num_tokens):
+        assert len({prompt.tobytes() for prompt in prompts}) == len(prompts) == 6
+        padded = np.pad(prompts, ((0, 0), (0, num_tokens)), constant_values=ord(" "))
+        answers = finds_needles(padded)[:, prompts.shape[1] - 1 : -1]
+        answers[2, -1] += 1
+        return answers
+
+    monkeypatch.setattr(evaluate_niah, "decode", decode)
+    result = evaluate_niah.evaluate_niah(
+        open_run(runs / "window"), runs / "lies", tasks=("passkey",), lengths=(200,), depths=3, examples=1, generate=6
+    )
+    (decoded,) = result["tasks"]["passkey"]["decoded"]
+    assert decoded["agree"] == decoded["exact"] == 5 / 6
 
 
 def test_eval_mqar_measures_several_runs(runs, tmp_path, capsys, monkeypatch):
@@ -321,6 +349,7 @@ def test_recall_of_a_real_model(runs):
             "no task fits:\n  left out: passkey at 100 tokens, as its needles and question need 160",
         ),
         (["niah", "--examples", "0"], "examples=0 must be at least 1"),
+        (["niah", "--depths", "102"], "depths=102 must be at most 101"),
         (["mqar", "--lengths", "512"], "length=512 is longer than the context of 384 tokens"),
         (
             ["mqar", "--lengths", "258", "--pairs", "4"],

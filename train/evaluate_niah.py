@@ -194,6 +194,8 @@ def evaluate_niah(
     ):
         if number < least:
             raise ValueError(f"{name}={number} must be at least {least}")
+    if depths > 101:
+        raise ValueError(f"{depths=} must be at most 101: depths are whole percents")
     context = run.config.context
     documents = getattr(load_own_corpus(run), split) if text is None else load_documents(text)
     maker = NeedleMaker(run.tokenizer, make_haystack(documents, run.tokenizer))
@@ -377,7 +379,8 @@ def _measure_decoding(
     count: int,
 ) -> dict[str, Any]:
     """Of examples over all depths; those with the most usual lengths of prompt and answer, which make one batch."""
-    some = [make(percents[index * len(percents) // count], index // len(percents)) for index in range(count)]
+    places = [percents[index * len(percents) // count] for index in range(count)]
+    some = [make(depth, places[:index].count(depth)) for index, depth in enumerate(places)]
     usual = Counter(example.answer_start for example in some).most_common(1)[0][0]
     some = [example for example in some if example.answer_start == usual]
     prompts = np.stack([example.tokens[:usual] for example in some])
