@@ -389,6 +389,9 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 130
     return 0
 
 
