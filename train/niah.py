@@ -66,7 +66,7 @@ class Haystack(NamedTuple):
     starts: npt.NDArray[np.int64]
 
 
-class Parts(NamedTuple):
+class Ingredients(NamedTuple):
     """Of an example, all but its haystack."""
 
     keys: list[str]
@@ -156,7 +156,7 @@ class NeedleMaker:
         """
         recipe = RECIPES[task]
         for _ in range(TRIES):
-            keys, pieces, intro, question, values, comma, size = self._draw_parts(draws, recipe)
+            keys, pieces, intro, question, values, comma, size = self._draw_ingredients(draws, recipe)
             if size < length:
                 break
         else:
@@ -209,7 +209,7 @@ class NeedleMaker:
     def _measure_least_length(self, task: NeedleTask) -> int:
         """Room for the longest of many needles, and a token of haystack."""
         draws = Draws(0)
-        return 1 + max(self._draw_parts(draws, RECIPES[task]).size for _ in range(TRIES))
+        return 1 + max(self._draw_ingredients(draws, RECIPES[task]).size for _ in range(TRIES))
 
     def _too_short(self, task: NeedleTask, length: int) -> ValueError:
         least = self.least_length(task)
@@ -218,17 +218,16 @@ class NeedleMaker:
             f"give at least {least}, and several times that for a haystack worth the name"
         )
 
-    def _draw_parts(self, draws: Draws, recipe: Recipe) -> Parts:
+    def _draw_ingredients(self, draws: Draws, recipe: Recipe) -> Ingredients:
         keys = self._draw_keys(draws, recipe, recipe.num_keys)
         needles = [(key, self._draw_value(draws, recipe)) for key in keys for _ in range(recipe.num_values)]
         pieces = [self._needle(recipe, key, value) for key, value in needles]
         intro, question = self._frame(recipe, keys[: recipe.num_queries])
         values = [self._encode(f" {value}") for _, value in needles[: recipe.num_queries * recipe.num_values]]
         comma = self._encode(",")
-        size = sum(map(len, (intro, question, *values, *(piece for piece, _ in pieces)))) + (len(values) - 1) * len(
-            comma
-        )
-        return Parts(keys, pieces, intro, question, values, comma, size)
+        texts = (intro, question, *values, *(piece for piece, _ in pieces))
+        size = sum(map(len, texts)) + (len(values) - 1) * len(comma)
+        return Ingredients(keys, pieces, intro, question, values, comma, size)
 
     def _frame(self, recipe: Recipe, asked: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """What comes before the haystack, and the question behind it."""
