@@ -216,14 +216,24 @@ def test_wrong_flags(call, text, tmp_path, flags, problem, remedy):
     assert not (tmp_path / "run").exists()
 
 
+def test_ctrl_c_ends_any_command_in_a_line(tiny_run, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.runs.open_run", interrupted)
+    for command in (["generate", "--prompt", "a"], ["inspect"], ["eval", "niah"]):
+        assert main([*command, "--run", str(tiny_run.folder)]) == 130
+        assert capsys.readouterr().err == "stopped by SIGINT\n"
+
+
 def test_unknown_command_preset_and_task(call):
     for args, parts in {
         (): ("usage: python -m train COMMAND", "run PRESET"),
         ("trian",): ("there is no command 'trian'", "eval loss"),
         ("run",): ("usage: python -m train run PRESET", "tiny", "small", "base"),
         ("run", "tinny"): ("there is no preset 'tinny', choose from", "tiny", "small", "base"),
-        ("eval",): ("TASK is one of: loss",),
-        ("eval", "los"): ("TASK is one of: loss",),
+        ("eval",): ("usage: python -m train eval TASK", "loss", "niah", "mqar"),
+        ("eval", "los"): ("there is no task 'los'", "loss", "niah", "mqar"),
         ("eval", "loss"): ("--run", "(required)"),
         ("eval", "loss", "--run"): ("--run names no folder",),
         ("generate", "--prompt", "a"): ("--run PATH", "(required)"),

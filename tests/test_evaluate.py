@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -67,6 +68,34 @@ def test_the_loss_is_that_of_the_models_logits_on_each_token_once(tiny_run):
     # It is what the run measured at its end.
     summary = json.loads((tiny_run.folder / "summary.json").read_text())
     assert json.loads(json.dumps(dataclasses.asdict(result))) == summary["validation"]
+
+
+@pytest.mark.usefixtures("compiled_meter")
+def test_a_blind_model_loses_the_logarithm_of_the_vocabulary(tiny_run):
+    result = evaluate_loss(tiny_run.run._replace(params=jax.tree.map(jnp.zeros_like, tiny_run.run.params)))
+    assert result.loss == pytest.approx(math.log(257), rel=1e-6)
+    assert all(bucket.loss == pytest.approx(math.log(257), rel=1e-6) for bucket in result.by_position)
+
+
+@pytest.mark.usefixtures("compiled_meter")
+def test_eval_loss_goes_on_after_an_interruption(tiny_run, tmp_path, capsys, monkeypatch):
+    measured, sums = [], LossMeter.sums
+
+    def interrupted(self, *args):
+        measured.append(1)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return sums(self, *args)
+
+    monkeypatch.setattr(LossMeter, "sums", interrupted)
+    command = ["eval", "loss", "--run", str(tiny_run.folder), "--output", str(tmp_path)]
+    assert main(command) == 130
+    stopped = re.search(r"loss_validation stopped at part 1 of (\d+)", capsys.readouterr().err)
+    assert not (tmp_path / "loss_validation.json").exists()
+    assert main(command) == 0
+    assert len(measured) == 2 + int(stopped[1]) - 1
+    (result,) = json.loads((tmp_path / "loss_validation.json").read_text()).values()
+    assert result == json.loads(json.dumps(dataclasses.asdict(evaluate_loss(tiny_run.run))))
 
 
 def test_buckets_are_weighted_by_the_targets_that_count(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import MODEL, make_config, random_params, replace_model, save_untrained
-from train import evaluate_mqar, evaluate_niah
+from train import evaluate_mqar, evaluate_niah, evaluation
 from train.__main__ import main
 from train.checkpoint import CheckpointError
 from train.data import Document
@@ -218,19 +219,16 @@ NIAH = ["--depths", "3", "--examples", "2", "--batch-size", "2"]
 def test_eval_niah_goes_on_after_an_interruption(runs, tmp_path, capsys, monkeypatch):
     command = ["eval", "niah", "--run", str(runs / "nsa"), *NIAH, "--generate", "2"]
     command += ["--tasks", "single_2", "--text", str(runs / "text.txt"), "--lengths", "320"]
-    compiled = SelectionAnswers(open_run(runs / "nsa").network)
-
-    class Compiled(SelectionAnswers):
-        """Once for all of these starts."""
-
-        def __init__(self, network):
-            self._answer = compiled._answer
-
-    monkeypatch.setattr(evaluate_niah, "SelectionAnswers", Compiled)
+    # Compiled once for all of these starts.
+    run = open_run(runs / "nsa")
+    compiled = SelectionAnswers(run.network)
+    monkeypatch.setattr("train.runs.open_run", lambda *_, **__: run)
+    monkeypatch.setattr(SelectionAnswers, "__init__", lambda self, _: setattr(self, "_answer", compiled._answer))
     assert main([*command, "--output", str(tmp_path / "whole")]) == 0
     whole = json.loads((tmp_path / "whole" / "niah.json").read_text())
     out = capsys.readouterr().out
-    assert "single_2   exact   0.0%  haystack: " in out and "2 decoded, 100% as teacher forcing says, 0% exact" in out
+    assert "single_2, haystack: " in out and "2 decoded, 100% as teacher forcing says, 0% exact" in out
+    assert re.search(r"length    320  exact   0\.0%  .* selected .* \(best head .*, at random 3\.8%\)", out)
     (task,) = whole["tasks"].values()
     assert [(cell["length"], cell["depth"]) for cell in task["cells"]] == [(320, 0), (320, 50), (320, 100)]
     assert [decoded["agree"] for decoded in task["decoded"]] == [1]
@@ -238,7 +236,7 @@ def test_eval_niah_goes_on_after_an_interruption(runs, tmp_path, capsys, monkeyp
     assert task["cells"][0]["hit_rate_of_random_blocks"] == pytest.approx(3 / 79, rel=0.05)
     for name in ("niah.png", "niah_selection.png"):
         assert (tmp_path / "whole" / name).read_bytes().startswith(b"\x89PNG")
-    assert list(mean_hit_rates(whole)) == ["single_2, 320 tokens"]
+    assert list(mean_hit_rates(whole)) == ["single_2, 320 tokens\nblocks at random: 4%"]
 
     counted, score = [], evaluate_niah.score
 
@@ -266,17 +264,49 @@ def test_eval_niah_goes_on_after_an_interruption(runs, tmp_path, capsys, monkeyp
     assert len(counted) == 5 + 4
 
 
-def test_a_run_without_nsa_has_no_hit_rates(runs, tmp_path, capsys):
-    command = ["eval", "niah", "--run", str(runs / "window"), *NIAH, "--generate", "0", "--output", str(tmp_path)]
+@pytest.mark.parametrize("predict, right", [(finds_needles, 1), (says_five, 0)], ids=["perfect", "blind"])
+def test_eval_niah_of_planted_models_without_nsa(runs, tmp_path, capsys, monkeypatch, predict, right):
+    monkeypatch.setattr(evaluate_niah, "Answers", lambda network: Answers(Planted(predict)))
+
+    def decode(run, prompts, num_tokens):
+        """Greedy, as its one prediction is for the whole answer."""
+        padded = np.pad(prompts, ((0, 0), (0, num_tokens)), constant_values=ord(" "))
+        return predict(padded)[:, prompts.shape[1] - 1 : -1]
+
+    monkeypatch.setattr(evaluate_niah, "decode", decode)
+    command = ["eval", "niah", "--run", str(runs / "window"), *NIAH, "--generate", "3", "--output", str(tmp_path)]
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "has attention='window', which selects nothing: no hit rates" in out
-    assert "left out: multiquery, length=384 is too short" in out
+    assert re.search(r"left out: multiquery at 48, 96, 192, 384 tokens, as its needles and question need 5..\n", out)
     result = json.loads((tmp_path / "niah.json").read_text())
     assert set(result["tasks"]) == {"passkey", "single_1", "single_2", "single_3", "multikey_2"}
     assert {cell["length"] for cell in result["tasks"]["passkey"]["cells"]} == {192, 384}
-    assert "hit_rate" not in result["tasks"]["passkey"]["cells"][0]
+    for task in result["tasks"].values():
+        for cell in task["cells"]:
+            assert cell["exact"] == cell["values"] == right and "hit_rate" not in cell
+        for decoded in task["decoded"]:
+            assert (decoded["exact"], decoded["agree"]) == (right, 1) and 1 <= decoded["examples"] <= 3
     assert not (tmp_path / "niah_selection.png").exists()
+
+
+def test_decoding_that_differs_from_teacher_forcing_is_seen(runs, monkeypatch):
+    """Of six examples over three depths, no two the same, one in the wrong."""
+    monkeypatch.setattr(evaluate_niah, "Answers", lambda network: Answers(Planted(finds_needles)))
+
+    def decode(run, prompts, num_tokens):
+        assert len({prompt.tobytes() for prompt in prompts}) == len(prompts) == 6
+        padded = np.pad(prompts, ((0, 0), (0, num_tokens)), constant_values=ord(" "))
+        answers = finds_needles(padded)[:, prompts.shape[1] - 1 : -1]
+        answers[2, -1] += 1
+        return answers
+
+    monkeypatch.setattr(evaluate_niah, "decode", decode)
+    result = evaluate_niah.evaluate_niah(
+        open_run(runs / "window"), runs / "lies", tasks=("passkey",), lengths=(200,), depths=3, examples=1, generate=6
+    )
+    (decoded,) = result["tasks"]["passkey"]["decoded"]
+    assert decoded["agree"] == decoded["exact"] == 5 / 6
 
 
 def test_eval_mqar_measures_several_runs(runs, tmp_path, capsys, monkeypatch):
@@ -294,7 +324,7 @@ def test_eval_mqar_measures_several_runs(runs, tmp_path, capsys, monkeypatch):
             (64, 16, 1),
         ]
     assert (tmp_path / "mqar.png").read_bytes().startswith(b"\x89PNG")
-    assert "length    64  pairs  16  accuracy 100.0%" in capsys.readouterr().out
+    assert "length    64  pairs  16  accuracy 100.0%  (one of the values at random 6.2%)" in capsys.readouterr().out
     monkeypatch.setattr(evaluate_mqar, "Answers", lambda network: Answers(Planted(None)))
     assert main(command) == 0  # all is kept
 
@@ -314,8 +344,12 @@ def test_recall_of_a_real_model(runs):
         (["niah", "--lengths", "512"], "length=512 is longer than the context of 384 tokens"),
         (["niah", "--lengths", "0"], "lengths=\\(0,\\) must be at least 1"),
         (["niah", "--lengths", "200", "--tasks", "single_2"], "length=200 is too short for 'single_2'"),
-        (["niah", "--lengths", "100"], "no task fits:\n  left out: passkey, length=100 is too short"),
+        (
+            ["niah", "--lengths", "100"],
+            "no task fits:\n  left out: passkey at 100 tokens, as its needles and question need 160",
+        ),
         (["niah", "--examples", "0"], "examples=0 must be at least 1"),
+        (["niah", "--depths", "102"], "depths=102 must be at most 101"),
         (["mqar", "--lengths", "512"], "length=512 is longer than the context of 384 tokens"),
         (
             ["mqar", "--lengths", "258", "--pairs", "4"],
@@ -371,6 +405,39 @@ def test_parts_are_computed_once_and_read_back_exactly(tmp_path, capsys):
     assert computed == [0, 1, 2]
     out = capsys.readouterr().out
     assert "some.parts.jsonl has 2 of 3 parts: going on" in out and "some 3/3  part 2" in out
+
+
+def test_parts_of_other_code_are_computed_anew(tmp_path, capsys, monkeypatch):
+    with Parts(tmp_path, "some", {}, total=1) as parts:
+        assert parts("one", lambda: 1) == 1
+    capsys.readouterr()
+    monkeypatch.setattr(evaluation, "code_sha256", lambda: "other")
+    with Parts(tmp_path, "some", {}, total=1) as parts:
+        assert parts("one", lambda: 2) == 2
+    out = capsys.readouterr().out
+    assert "is of other settings, so it starts anew:\n  code_sha256: " in out and '"other" here' in out
+
+
+def test_any_source_file_counts_as_code(tmp_path, monkeypatch):
+    (tmp_path / "new.py").write_text("")
+    (tmp_path / "unread.txt").write_text("")
+
+    def digest_of_this_folder():
+        evaluation.code_sha256.cache_clear()
+        return evaluation.code_sha256()
+
+    before = digest_of_this_folder()
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda _: spec)
+    digests = [before, digest_of_this_folder()]
+    (tmp_path / "unread.txt").write_text("changed")
+    assert digest_of_this_folder() == digests[1]
+    for path, text in (("new.py", "changed"), ("tiles.json", "{}")):
+        (tmp_path / path).write_text(text)
+        digests.append(digest_of_this_folder())
+    assert len(set(digests)) == 4
+    monkeypatch.undo()
+    assert digest_of_this_folder() == before
 
 
 def test_an_error_leaves_what_was_done(tmp_path):

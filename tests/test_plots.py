@@ -1,5 +1,6 @@
 """train/plots.py: every figure is read back from its PNG, and colours are looked for at the places of the data."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -257,6 +258,94 @@ def test_coverage_where_no_query_chooses(draw):
     assert "no query of so short a text\nhas to choose" in [text.get_text() for text in drawn.figure.axes[0].texts]
 
 
+def share_colour(share):
+    return (1 - share) * plots._rgb(plots.UNREAD) + share * 0.55 * plots._rgb(plots.RUN_COLOURS[0])
+
+
+def names_of(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_needle_map(draw):
+    """Cells in any order, and one that was not measured."""
+    shares = {(512, 0): 0.0, (512, 100): 0.25, (512, 50): 1.0, (2048, 100): 0.5, (2048, 0): 0.9}
+    cells = [dict(length=length, depth=depth, exact=share) for (length, depth), share in shares.items()]
+    drawn = draw(plots.needle_map, {"passkey": cells, "single_1": [dict(length=64, depth=50, exact=0.5)]})
+    first, second = drawn.figure.axes[:2]
+    assert [axes.get_title() for axes in (first, second)] == ["passkey", "single_1"]
+    assert (names_of(first.xaxis), names_of(first.yaxis)) == (["512", "2k"], ["0", "50", "100"])
+    for column, length in enumerate((512, 2048)):
+        for row, depth in enumerate((0, 50, 100)):
+            share = shares.get((length, depth))
+            expected = plots.PAPER if share is None else share_colour(share)
+            # Beside the number in the middle.
+            assert same(drawn.colour(first, column - 0.4, row - 0.4), expected), (length, depth)
+    assert [text.get_text() for text in first.texts] == ["0", "90", "100", "25", "50"]
+    assert same(drawn.colour(second, -0.4, -0.4), share_colour(0.5)) and names_of(second.xaxis) == ["64"]
+
+
+def test_needle_maps_of_many_cells_have_fewer_names_and_no_numbers(draw):
+    cells = [dict(length=1024 * i, depth=5 * j, exact=i * j % 2) for i in range(1, 33) for j in range(21)]
+    drawn = draw(plots.needle_map, {str(task): cells for task in range(9)})
+    panels = drawn.figure.axes[:9]
+    assert [len({round(getattr(axes.get_position(), side), 3) for axes in panels}) for side in ("x0", "y0")] == [3, 3]
+    for axes in panels:
+        assert not axes.texts
+        assert same(drawn.colour(axes, 30, 15), share_colour(1)) and same(drawn.colour(axes, 31, 15), share_colour(0))
+        boxes = [label.get_window_extent() for label in axes.xaxis.get_ticklabels()]
+        assert len(boxes) > 4 and all(left.x1 + 5 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_hit_rates(draw):
+    rates = np.array([[0.0, 0.5, 1.0], [0.25, 0.75, 0.1]])
+    drawn = draw(plots.hit_rates, {"passkey": rates, "single_1": rates[:1, :1]})
+    axes = drawn.figure.axes[0]
+    for (layer, head), rate in np.ndenumerate(rates):
+        assert same(drawn.colour(axes, head - 0.4, layer - 0.4), share_colour(rate))
+    assert [text.get_text() for text in axes.texts] == ["0", "50", "100", "25", "75", "10"]
+    # Dark on light and light on dark.
+    assert [text.get_color() == plots.PAPER for text in axes.texts] == [False, False, True, False, True, False]
+    assert (names_of(axes.xaxis), names_of(axes.yaxis)) == (["0", "1", "2"], ["0", "1"])
+    assert (drawn.figure.get_supxlabel(), drawn.figure.get_supylabel()) == ("key/value head", "layer")
+
+
+def test_recall(draw):
+    def cells(*points):
+        return [dict(length=length, pairs=pairs, accuracy=accuracy) for length, pairs, accuracy in points]
+
+    ours = cells((128, 8, 0.5), (64, 4, 1.0), (128, 4, 0.75), (64, 16, 0.9))
+    drawn = draw(plots.recall, {"ours": ours, "full": cells((64, 4, 0.7), (64, 16, 0.3))})
+    short, long = drawn.figure.axes
+    assert [axes.get_title() for axes in (short, long)] == ["64 tokens", "128 tokens"]
+    for axes, run, pairs, accuracy in (
+        (short, 0, 4, 1.0),
+        (short, 0, 16, 0.9),
+        (short, 1, 4, 0.7),
+        (short, 1, 16, 0.3),
+        (long, 0, 4, 0.75),
+        (long, 0, 8, 0.5),
+    ):
+        assert same(drawn.colour(axes, pairs, accuracy), plots.RUN_COLOURS[run])
+    # Half way on a log axis: where nothing was measured is the line.
+    assert same(drawn.colour(short, 8, 0.95), plots.RUN_COLOURS[0])
+    assert len(long.lines) == 2 and long.lines[-1].get_ydata().tolist() == [1 / 4, 1 / 8]
+    assert names_of(short.xaxis) == ["4", "16"] and "100%" in names_of(short.yaxis)
+    legend = [text.get_text() for text in drawn.figure.legends[0].get_texts()]
+    assert legend == ["ours", "full", "one of the values at random"]
+
+
+@pytest.mark.parametrize("lengths", [[64], [32 * i for i in range(1, 10)]])
+def test_long_names_of_runs_keep_their_end_and_stay_inside(draw, lengths):
+    runs = [f"{'folder/' * 30}{name}" for name in ("mqar", "mqar-full")]
+    cells = [dict(length=length, pairs=4, accuracy=0.5) for length in lengths]
+    drawn = draw(plots.recall, dict.fromkeys(runs, cells))
+    (legend,) = drawn.figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= drawn.figure.bbox.x1 and box.y1 <= drawn.figure.bbox.y1
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names[0].endswith("folder/mqar") and names[1].endswith("folder/mqar-full") and len(drawn.figure.axes) < 10
+
+
 @pytest.mark.parametrize("num_heads", [None, 1, 5])
 def test_gates(draw, num_heads):
     means = np.array([[0.2, 0.5, 0.9], [0.0, 0.6, 1.0]])
@@ -391,6 +480,17 @@ WRONG = {
         lambda path: plots.coverage([[0.5], [1.5]], path, **COVERAGE),
         r"covered must lie in \[0, 1\], but reaches from 0.5 to 1.5",
     ),
+    "no task": (lambda path: plots.needle_map({}, path), "at least one panel"),
+    "task without a cell": (
+        lambda path: plots.needle_map({"passkey": []}, path),
+        r"results\['passkey'\]=\[\] must hold",
+    ),
+    "hit rates without heads": (
+        lambda path: plots.hit_rates({"a": [0.5]}, path),
+        r"\['a'\].shape=\(1,\) must be \[L, K\]",
+    ),
+    "no recall": (lambda path: plots.recall({}, path), "at least one label"),
+    "recall without a cell": (lambda path: plots.recall({"a": []}, path), r"results\['a'\]=\[\] must hold"),
     "gates of two branches": (
         lambda path: plots.gates(np.ones((4, 2)), path),
         r"gates.shape=\(4, 2\) must be \[L, 3\]",

@@ -1,5 +1,6 @@
 """A run that is killed goes on as if it had not been: the same command, the same bits."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,9 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from tests.tiny import write_text
+from tests.tiny import MODEL, compiling_quickly, make_config, write_text
+from train import loop
 from train.checkpoint import Checkpoints
-from train.config import PRESETS
+from train.config import PRESETS, DataConfig
+from train.errors import Interrupted
+from train.mixture import Mixture
 from train.runs import checkpoints_in, claim_folder, open_run
 from train.step import abstract_state
 
@@ -167,6 +171,51 @@ def test_sigkill(start, uninterrupted, tmp_path):
     assert (resumed.returncode, resumed.stderr) == (0, "")
     assert f"going on from step {step} of {STEPS}\n" in resumed.stdout
     assert_equal_runs(folder, uninterrupted)
+
+
+# A curriculum that goes on after the interruption.
+MIXTURES = {
+    "mqar": dict(context=64, packing="documents", task_lengths=(16, 32, 64), pairs=(2, 4, 8), curriculum_steps=90),
+    "niah": dict(context=320, needles=("passkey", "single_2"), task_lengths=(300, 320), curriculum_steps=60),
+}
+
+
+@pytest.mark.parametrize("task", MIXTURES)
+def test_a_mixture_goes_on_where_it_stopped(task, texts, tmp_path, monkeypatch):
+    """In this process, as what is at stake is the batches: with the window alone, which compiles fastest."""
+    data = dict(MIXTURES[task])
+    config = make_config(
+        texts,
+        context=data.pop("context"),
+        steps=STEPS,
+        batch_size=2,
+        checkpoint_every=CHECKPOINT_EVERY,
+        model=dataclasses.replace(MODEL, attention="window", num_layers=1),
+        data=DataConfig(text=str(texts), task=task, **data),
+    )
+    for name in ("make_train_step", "LossMeter", "Network"):  # compiled once for the three starts
+        made, make = {}, getattr(loop, name)
+        monkeypatch.setattr(
+            loop, name, lambda *args, name=name, make=make, made=made: made.setdefault(name, make(*args))
+        )
+    monkeypatch.setattr(loop, "_finish", lambda *_: ())
+    at = Mixture.at
+
+    def kill(self, step):
+        if step == KILLED_AT:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return at(self, step)
+
+    with compiling_quickly():
+        loop.train(config, tmp_path / "uninterrupted")
+        monkeypatch.setattr(Mixture, "at", kill)
+        with pytest.raises(Interrupted):
+            loop.train(config, tmp_path / "run")
+        monkeypatch.setattr(Mixture, "at", at)
+        assert KILLED_AT - 5 < steps_on_disk(tmp_path / "run")[-1] <= KILLED_AT + 1
+        loop.train(config, tmp_path / "run")
+    assert state_bits(tmp_path / "run") == state_bits(tmp_path / "uninterrupted")
+    assert rows(tmp_path / "run") == rows(tmp_path / "uninterrupted")
 
 
 def test_a_start_that_was_killed_at_once_begins_anew(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Examples of recall and of needles, and the batches that mix them with text."""
 
 import dataclasses
+import re
 import typing
 
 import numpy as np
@@ -160,10 +161,25 @@ def test_haystacks_are_what_the_task_says(maker):
 
 
 def test_what_does_not_fit_is_said(maker):
-    with pytest.raises(ValueError, match="length=200 is too short for 'single_3'.* take 3.. tokens.*give at least 3"):
+    with pytest.raises(
+        ValueError, match="length=200 is too short for 'single_3'.* take up to 3.. tokens.*give at least 3"
+    ):
         maker.make(Draws(0), "single_3", length=200, depth=0)
     with pytest.raises(ValueError, match=f"the haystack has {len(STORY)} tokens .* give a longer text"):
         maker.make(Draws(0), "single_2", length=9000, depth=0)
+
+
+@pytest.mark.parametrize("task", typing.get_args(NeedleTask))
+def test_what_passes_the_check_can_be_made_from_any_draws(maker, task):
+    """At the shortest length, which some needles are too long for."""
+    with pytest.raises(ValueError, match="give at least") as refused:
+        maker.check(task, length=1)
+    least = int(re.search(r"give at least (\d+)", str(refused.value))[1])
+    with pytest.raises(ValueError, match=f"length={least - 1} is too short"):
+        maker.check(task, length=least - 1)
+    maker.check(task, length=least)
+    for seed in range(200):
+        assert len(maker.make(Draws(seed), task, length=least, depth=50).tokens) == least
 
 
 def test_a_tokenizer_that_loses_digits_is_refused():

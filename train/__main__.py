@@ -130,7 +130,7 @@ def eval_niah(
         output: Folder for the results; the run folder if not given.
     """
     from train import plots
-    from train.evaluate_niah import evaluate_niah, mean_hit_rates
+    from train.evaluate_niah import describe, evaluate_niah, mean_hit_rates
     from train.evaluation import write_json
     from train.runs import open_run
 
@@ -149,15 +149,8 @@ def eval_niah(
         seed=seed,
         beyond_context=beyond_context,
     )
-    for task, found in result["tasks"].items():
-        cells = found["cells"]
-        mean = sum(cell["exact"] for cell in cells) / len(cells)
-        print(f"{task:<10} exact {mean:6.1%}  haystack: {found['haystack']}")
-        for decoded in found.get("decoded", ()):
-            agree, exact, count = decoded["agree"], decoded["exact"], decoded["examples"]
-            print(
-                f"  length {decoded['length']}: {count} decoded, {agree:.0%} as teacher forcing says, {exact:.0%} exact"
-            )
+    for line in describe(result):
+        print(line)
     written = [
         write_json(output / "niah.json", result),
         plots.needle_map({task: found["cells"] for task, found in result["tasks"].items()}, output / "niah.png"),
@@ -216,7 +209,11 @@ def eval_mqar(
     for folder, result in results.items():
         print(f"{folder}, step {result['step']}")
         for cell in result["cells"]:
-            print(f"  length {cell['length']:>5}  pairs {cell['pairs']:>3}  accuracy {cell['accuracy']:6.1%}")
+            accuracy, chance = cell["accuracy"], cell["accuracy_of_any_of_the_values"]
+            print(
+                f"  length {cell['length']:>5}  pairs {cell['pairs']:>3}  accuracy {accuracy:6.1%}"
+                f"  (one of the values at random {chance:.1%})"
+            )
     written = write_json(output / "mqar.json", results)
     figure = plots.recall({folder: result["cells"] for folder, result in results.items()}, output / "mqar.png")
     print(f"written: {written}, {figure}")
@@ -370,12 +367,13 @@ def main(argv: Sequence[str]) -> int:
     if name == "eval":
         tasks = [command.split()[1] for command in COMMANDS if command.startswith("eval ")]
         if not args or args[0] not in tasks:
-            what = "--help" if args and args[0] in ("-h", "--help") else None
-            print(
-                f"usage: {PROG} eval TASK ...; TASK is one of: {', '.join(tasks)}",
-                file=sys.stdout if what else sys.stderr,
-            )
-            return 0 if what else 2
+            asked = bool(args) and args[0] in ("-h", "--help")
+            lines = [f"usage: {PROG} eval TASK ...", ""]
+            lines += [f"  {task:<10} {COMMANDS[f'eval {task}'][0]}" for task in tasks]
+            if args and not asked:
+                lines = [f"error: there is no task {args[0]!r}", "", *lines]
+            print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+            return 0 if asked else 2
         name, args = f"eval {args[0]}", args[1:]
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
@@ -391,6 +389,9 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -171,7 +171,10 @@ class TrainConfig:
         if self.batch_size % optimizer.accumulate:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulate={optimizer.accumulate}")
         if not 0 <= optimizer.warmup_steps < self.steps:
-            raise ValueError(f"warmup_steps={optimizer.warmup_steps} must be at least 0 and below steps={self.steps}")
+            raise ValueError(
+                f"warmup_steps={optimizer.warmup_steps} must be at least 0 and below steps={self.steps}: "
+                "give fewer of them, or more steps"
+            )
         if self.data.task != "none":
             self._check_task()
         if self.data.packing == "documents" and model.attention != "nsa" and self.context > MAX_PACKED_DENSE:

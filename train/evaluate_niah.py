@@ -6,7 +6,7 @@ answer's at every position of a value. Greedy decoding would then write it; a su
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -194,6 +194,8 @@ def evaluate_niah(
     ):
         if number < least:
             raise ValueError(f"{name}={number} must be at least {least}")
+    if depths > 101:
+        raise ValueError(f"{depths=} must be at most 101: depths are whole percents")
     context = run.config.context
     documents = getattr(load_own_corpus(run), split) if text is None else load_documents(text)
     maker = NeedleMaker(run.tokenizer, make_haystack(documents, run.tokenizer))
@@ -272,32 +274,65 @@ def evaluate_niah(
 
 
 def mean_hit_rates(result: dict[str, Any]) -> dict[str, list]:
-    """Of what `evaluate_niah` returned: task -> `[L][K]`, the mean over the depths of its longest length; empty without NSA."""
+    """Of what `evaluate_niah` returned: title -> `[L][K]`, means over the depths of a task's longest length; {} without NSA."""
     rates = {}
     for task, found in result["tasks"].items():
         longest = max(cell["length"] for cell in found["cells"])
-        some = [cell["hit_rate"] for cell in found["cells"] if "hit_rate" in cell and cell["length"] == longest]
+        some = [cell for cell in found["cells"] if "hit_rate" in cell and cell["length"] == longest]
         if some:
-            rates[f"{task}, {longest} tokens"] = np.mean(some, axis=0).tolist()
+            chance = np.mean([cell["hit_rate_of_random_blocks"] for cell in some])
+            title = f"{task}, {longest} tokens\nblocks at random: {chance:.0%}"
+            rates[title] = np.mean([cell["hit_rate"] for cell in some], axis=0).tolist()
     return rates
+
+
+def describe(result: dict[str, Any]) -> Iterator[str]:
+    """Lines to be read of what `evaluate_niah` returned: means over the depths."""
+    for task, found in result["tasks"].items():
+        yield f"{task}, haystack: {found['haystack']}"
+        decoded = {one["length"]: one for one in found.get("decoded", ())}
+        for length in sorted({cell["length"] for cell in found["cells"]}):
+            cells = [cell for cell in found["cells"] if cell["length"] == length]
+
+            def mean(name: str, cells: Sequence[dict[str, Any]] = cells) -> Any:
+                return np.mean([cell[name] for cell in cells], axis=0)
+
+            shares = "  ".join(f"{name} {mean(name):6.1%}" for name in ("exact", "values", "tokens"))
+            line = f"  length {length:>6}  {shares}"
+            if "hit_rate" in cells[0]:
+                rates, chance = mean("hit_rate"), mean("hit_rate_of_random_blocks")
+                line += f"  selected {rates.mean():.1%} (best head {rates.max():.1%}, at random {chance:.1%})"
+            yield line
+            if one := decoded.get(length):
+                yield (
+                    f"    {one['examples']} decoded, {one['agree']:.0%} as teacher forcing says, {one['exact']:.0%} exact"
+                )
 
 
 def _choose(
     maker: NeedleMaker, tasks: tuple[NeedleTask, ...], lengths: tuple[int, ...], *, may_leave_out: bool
 ) -> tuple[list[tuple[NeedleTask, int]], list[str]]:
-    """The tasks and lengths that go together, and a line for each pair that does not."""
+    """The tasks and lengths that go together, and lines that say which do not."""
     if unknown := [task for task in tasks if task not in RECIPES]:
         raise ValueError(f"there is no task {unknown[0]!r}, choose from {', '.join(RECIPES)}")
     chosen, left_out = [], []
     for task in tasks or TASKS:
+        short = [length for length in lengths if may_leave_out and length < maker.least_length(task)]
+        if short:
+            named = ", ".join(map(str, short))
+            left_out.append(
+                f"left out: {task} at {named} tokens, as its needles and question need {maker.least_length(task)}"
+            )
         for length in lengths:
+            if length in short:
+                continue
             try:
-                maker.make(Draws(0), task, length=length, depth=0)
+                maker.check(task, length=length)
                 chosen.append((task, length))
             except ValueError as error:
                 if not may_leave_out:
                     raise
-                left_out.append(f"left out: {task}, {error}")
+                left_out.append(f"left out: {task} at {length} tokens, {error}")
     if not chosen:
         raise ValueError("no task fits:\n  " + "\n  ".join(left_out))
     return chosen, left_out
@@ -344,7 +379,8 @@ def _measure_decoding(
     count: int,
 ) -> dict[str, Any]:
     """Of examples over all depths; those with the most usual lengths of prompt and answer, which make one batch."""
-    some = [make(percents[index * len(percents) // count], index // len(percents)) for index in range(count)]
+    places = [percents[index * len(percents) // count] for index in range(count)]
+    some = [make(depth, places[:index].count(depth)) for index, depth in enumerate(places)]
     usual = Counter(example.answer_start for example in some).most_common(1)[0][0]
     some = [example for example in some if example.answer_start == usual]
     prompts = np.stack([example.tokens[:usual] for example in some])

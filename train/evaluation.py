@@ -4,7 +4,9 @@ An evaluation is many parts, each computed apart. OUTPUT/NAME.parts.jsonl holds 
 done: the same command goes on from there after whatever interrupted it, and its results are the same to the last digit.
 """
 
+import functools
 import hashlib
+import importlib.util
 import json
 import signal
 import time
@@ -44,6 +46,19 @@ def describe_run(run: Run) -> dict[str, Any]:
     )
 
 
+@functools.cache
+def code_sha256() -> str:
+    """Of the sources of this checkout: its version says nothing of what was changed in it."""
+    digest = hashlib.sha256()
+    for package in ("nsa_jax", "pallas_kernels", "train"):
+        spec = importlib.util.find_spec(package)
+        assert spec and spec.origin
+        for path in sorted(Path(spec.origin).parent.glob("*")):
+            if path.suffix in (".py", ".json"):
+                digest.update(f"{package}/{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 class Parts:
     """Computes each part of an evaluation once, keeps its result, and shows how far it is.
 
@@ -53,7 +68,8 @@ class Parts:
     Args:
         folder: for the results; made if need be.
         name: of the evaluation.
-        settings: JSON values. All that results depend on: with others, the parts kept there are dropped, and that is said.
+        settings: JSON values. All that results depend on, but for the code: with others, or after a change of the code, the
+            parts kept there are dropped, and that is said.
         total: number of parts.
     """
 
@@ -61,7 +77,7 @@ class Parts:
         self.path, self._name, self._total, self._done = folder / f"{name}.parts.jsonl", name, total, 0
         self._console = Console(highlight=False, soft_wrap=True, emoji=False)
         self._live: Live | None = None
-        settings = json.loads(json.dumps(settings))
+        settings = json.loads(json.dumps(settings | dict(code_sha256=code_sha256())))
         folder.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(self.path)
         if kept and (lines := differences(kept[0].get("settings", {}), settings)):

@@ -50,7 +50,7 @@ class Mixture:
             self._needles = NeedleMaker(tokenizer, make_haystack(documents, tokenizer))
             for task in self._data.needles:  # raises what does not fit
                 for length in self._lengths:
-                    self._needles.make(Draws(0), task, length=length, depth=0)
+                    self._needles.check(task, length=length)
 
     def at(self, step: int) -> Batch:
         """The batch of a step (0, 1, ...), whatever was asked for before."""

@@ -54,6 +54,8 @@ NOISE = (
     " Here we go.",
     " There and back again.",
 )
+# Needles of a task vary in length. When the longest of so many fits, that none of as many fits will not be seen.
+TRIES = 32
 LONGEST_SENTENCE = 400  # characters; what is longer, as in a source file, is cut
 
 
@@ -62,6 +64,18 @@ class Haystack(NamedTuple):
 
     tokens: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int64]
+
+
+class Ingredients(NamedTuple):
+    """Of an example, all but its haystack."""
+
+    keys: list[str]
+    needles: list[tuple[npt.NDArray[np.int32], int]]  # tokens, and the place of the value among them
+    intro: npt.NDArray[np.int32]
+    question: npt.NDArray[np.int32]
+    values: list[npt.NDArray[np.int32]]  # of the answer, with a comma between two
+    comma: npt.NDArray[np.int32]
+    size: int  # tokens of them all
 
 
 class Needles(NamedTuple):
@@ -119,6 +133,7 @@ class NeedleMaker:
     def __init__(self, tokenizer: Tokenizer, text: Haystack):
         self._text = text
         self._encode = functools.lru_cache(maxsize=4096)(tokenizer.encode)
+        self.least_length = functools.cache(self._measure_least_length)
         sample = "One of the special magic numbers for a-b is: 0123456789abcdef."
         if (decoded := tokenizer.decode(tokenizer.encode(sample))).strip() != sample:
             raise ValueError(
@@ -127,7 +142,7 @@ class NeedleMaker:
             )
 
     def make(self, draws: Draws, task: NeedleTask, *, length: int, depth: float) -> Needles:
-        """An example of `length` tokens.
+        """An example of `length` tokens. Some needles are longer than others: those that do not fit are drawn anew.
 
         Args:
             draws: random numbers.
@@ -140,28 +155,20 @@ class NeedleMaker:
             ValueError: the needles do not fit in `length`, or the text is shorter than that.
         """
         recipe = RECIPES[task]
-        keys = self._draw_keys(draws, recipe, recipe.num_keys)
-        needles = [(key, self._draw_value(draws, recipe)) for key in keys for _ in range(recipe.num_values)]
-        asked = keys[: recipe.num_queries]
-        pieces = [self._needle(recipe, key, value) for key, value in needles]
-        intro, question = self._frame(recipe, asked)
-        num_values = recipe.num_queries * recipe.num_values
-        comma = self._encode(",")
-        values = [self._encode(f" {value}") for _, value in needles[:num_values]]
-        answer_length = sum(map(len, values)) + (num_values - 1) * len(comma)
-        framed = len(intro) + len(question) + sum(len(piece) for piece, _ in pieces) + answer_length
-        if length <= framed:
-            raise ValueError(
-                f"{length=} is too short for {task!r}, whose needles and question take {framed} tokens of this tokenizer: "
-                f"give at least {framed + 1}, and several times that for a haystack worth the name"
-            )
-        haystack = self._fill(draws, recipe, length - framed, keys)
+        for _ in range(TRIES):
+            keys, pieces, intro, question, values, comma, size = self._draw_ingredients(draws, recipe)
+            if size < length:
+                break
+        else:
+            raise self._too_short(task, length)
+        num_values, answer_length = len(values), sum(map(len, values)) + (len(values) - 1) * len(comma)
+        haystack = self._fill(draws, recipe, length - size, keys)
 
         # Each needle goes before a sentence; those that share a place keep their order.
-        depths = [depth, *(draws.below(101, len(needles) - 1).tolist())]
+        depths = [depth, *(draws.below(101, len(pieces) - 1).tolist())]
         num_sentences = len(haystack.starts) - 1
         places = [int(haystack.starts[int(num_sentences * share / 100)]) for share in depths]
-        order = sorted(range(len(needles)), key=lambda i: places[i])
+        order = sorted(range(len(pieces)), key=lambda i: places[i])
         parts, position, last = [intro], len(intro), 0
         sources: dict[int, npt.NDArray[np.int32]] = {}
         for i in order:
@@ -192,9 +199,35 @@ class NeedleMaker:
             np.concatenate(source),
         )
 
-    def answer_length(self, draws: Draws, task: NeedleTask, *, length: int) -> int:
-        """Tokens of an answer; tokenizers of words need more for some values than for others."""
-        return length - self.make(draws, task, length=length, depth=50).answer_start
+    def check(self, task: NeedleTask, *, length: int) -> None:
+        """Raise `ValueError` where an example of whatever draws might not fit in a length, or the text is shorter than that."""
+        if length < self.least_length(task):
+            raise self._too_short(task, length)
+        if RECIPES[task].haystack == "text":
+            self._fill(Draws(0), RECIPES[task], length, [])
+
+    def _measure_least_length(self, task: NeedleTask) -> int:
+        """Room for the longest of many needles, and a token of haystack."""
+        draws = Draws(0)
+        return 1 + max(self._draw_ingredients(draws, RECIPES[task]).size for _ in range(TRIES))
+
+    def _too_short(self, task: NeedleTask, length: int) -> ValueError:
+        least = self.least_length(task)
+        return ValueError(
+            f"{length=} is too short for {task!r}, whose needles and question take up to {least - 1} tokens of this tokenizer: "
+            f"give at least {least}, and several times that for a haystack worth the name"
+        )
+
+    def _draw_ingredients(self, draws: Draws, recipe: Recipe) -> Ingredients:
+        keys = self._draw_keys(draws, recipe, recipe.num_keys)
+        needles = [(key, self._draw_value(draws, recipe)) for key in keys for _ in range(recipe.num_values)]
+        pieces = [self._needle(recipe, key, value) for key, value in needles]
+        intro, question = self._frame(recipe, keys[: recipe.num_queries])
+        values = [self._encode(f" {value}") for _, value in needles[: recipe.num_queries * recipe.num_values]]
+        comma = self._encode(",")
+        texts = (intro, question, *values, *(piece for piece, _ in pieces))
+        size = sum(map(len, texts)) + (len(values) - 1) * len(comma)
+        return Ingredients(keys, pieces, intro, question, values, comma, size)
 
     def _frame(self, recipe: Recipe, asked: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """What comes before the haystack, and the question behind it."""

@@ -8,12 +8,13 @@ from typing import Any
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #333; background: #fff;
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+  max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem } h2 { font-size: 1.25rem; margin-top: 2.5rem }
-figure { margin: 1rem 0 } img { max-width: 100%; height: auto } figcaption { color: #555; font-size: .92rem }
+figure { margin: 1rem 0; overflow-x: auto } figcaption { color: #555; font-size: .92rem }
+img { width: 100%; min-width: 36rem; height: auto }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
 tbody th { font-weight: normal }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th, td { padding: .2rem .45rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 thead th { vertical-align: bottom; border-bottom: 2px solid #999 }
 nav button { font: inherit; margin: 0 .3rem .3rem 0; padding: .1rem .7rem; border: 1px solid #999; border-radius: 4px }
 nav button { background: #fff; cursor: pointer } nav button[aria-pressed=true] { background: #004488; color: #fff }

@@ -213,7 +213,7 @@ def selected_blocks(
 
     _label_map(figure, (row_queries, column_blocks), select_block)
     levels = BoundaryNorm([heads + 0.5 for heads in range(num_heads + 1)], num_heads)
-    bar = figure.colorbar(ScalarMappable(levels, ListedColormap(shades)), ax=panels, pad=0.02, aspect=30)
+    bar = figure.colorbar(ScalarMappable(levels, ListedColormap(shades)), ax=panels, pad=0.02, aspect=30 * rows)
     bar.set_ticks(list(range(num_heads, 0, -max(1, num_heads // 8))))
     bar.minorticks_off()
     bar.set_label(f"K/V heads that chose the block (of {num_heads})", fontsize=9, color=INK)
@@ -332,7 +332,7 @@ def unions(unions: Mapping[int, ArrayLike], path: str | Path, *, mean_blocks: fl
         num_layers, num_heads = values.shape
         depth, highest = np.arange(num_layers), max(highest, values.max())
         if num_heads > 1:
-            beside = np.repeat(depth + 0.008 * num_layers * (row - (len(unions) - 1) / 2), num_heads)
+            beside = np.repeat(depth + _side_by_side(num_layers) * (row - (len(unions) - 1) / 2), num_heads)
             axes.scatter(beside, values.ravel(), s=9, color=colour, alpha=0.5, linewidths=0)
         axes.plot(depth, values.mean(axis=1), color=colour, marker=marker, **LINE, label=f"{count} queries")
     axes.axhline(mean_blocks, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"one ({mean_blocks:.1f})")
@@ -407,7 +407,7 @@ def coverage(
             axis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
         if heads.shape[0] <= 12 and heads.shape[1] <= 8:
             for (layer, head), value in np.ndenumerate(heads):
-                ink = PAPER if value < 0.5 else INK
+                ink = PAPER if value < 0.6 else INK
                 axes.text(head, layer, f"{value:.0%}", ha="center", va="center", fontsize=8, color=ink)
         bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
         bar.ax.yaxis.set_major_formatter(_format_share)
@@ -483,7 +483,7 @@ def gates(gates: ArrayLike, path: str | Path) -> Path:
     for branch, ((name, colour), marker) in enumerate(zip(BRANCH_COLOURS.items(), MARKERS, strict=False)):
         if num_heads > 1:
             # Side by side, so that the heads of one branch do not cover those of another.
-            beside = np.repeat(depth + 0.008 * num_layers * (branch - 1), num_heads)
+            beside = np.repeat(depth + _side_by_side(num_layers) * (branch - 1), num_heads)
             axes.scatter(beside, heads[:, :, branch], s=9, color=colour, alpha=0.35, linewidths=0)
         axes.plot(depth, heads[:, :, branch].mean(axis=1), color=colour, marker=marker, **LINE, label=name)
     axes.set(xlim=(-0.4, num_layers - 0.6), ylim=(-0.02, 1.02))
@@ -545,6 +545,8 @@ def hit_rates(results: Mapping[str, ArrayLike], path: str | Path) -> Path:
 def recall(results: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> Path:
     """Draw the accuracy of associative recall over the number of pairs: a panel for each length, a line for each run.
 
+    The dashed line is a model that takes any of the values: one in so many as there are pairs.
+
     Args:
         results: label -> cells `{"length": int, "pairs": int, "accuracy": float}`, in any order.
         path: the file to write.
@@ -561,27 +563,33 @@ def recall(results: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path)
         if not cells:
             raise ValueError(f"results[{label!r}]=[] must hold at least one cell")
     lengths = sorted({cell["length"] for cells in results.values() for cell in cells})
-    figure = _new_figure(1.4 + 2.4 * len(lengths), 3.4)
+    rows, columns = _grid(len(lengths))
+    figure = _new_figure(max(4.8, 1.4 + 2.4 * columns), 1 + 2.4 * rows)
+    from matplotlib.ticker import NullLocator
+
+    lines = {}
     for index, length in enumerate(lengths):
-        axes = figure.add_subplot(1, len(lengths), index + 1)
+        axes = figure.add_subplot(rows, columns, index + 1)
         _style_axes(axes)
         axes.set_xscale("log", base=2)
-        axes.set(ylim=(-0.02, 1.02))
-        for (label, cells), (colour, marker) in zip(results.items(), _run_styles(), strict=False):
-            points = sorted((cell["pairs"], cell["accuracy"]) for cell in cells if cell["length"] == length)
+        here = {label: [cell for cell in cells if cell["length"] == length] for label, cells in results.items()}
+        known = sorted({cell["pairs"] for cells in here.values() for cell in cells})
+        for (label, cells), (colour, marker) in zip(here.items(), _run_styles(), strict=False):
+            points = sorted((cell["pairs"], cell["accuracy"]) for cell in cells)
             if points:
-                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, **LINE, label=label)
-        axes.xaxis.set_major_formatter(_format_tokens)
-        axes.xaxis.set_tick_params(which="minor", length=0)
-        axes.tick_params(labelleft=index == 0)
-        axes.set_title(f"{length} tokens", fontsize=9, color=INK, pad=4)
+                (lines[label],) = axes.plot(*zip(*points, strict=True), color=colour, marker=marker, **LINE)
+        chance = [1 / pairs for pairs in known]
+        (by_chance,) = axes.plot(known, chance, color=INK, linewidth=1, linestyle=(0, (4, 3)), marker="_", zorder=1)
+        axes.set(xlim=(known[0] / 1.3, known[-1] * 1.3), ylim=(-0.02, 1.03))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(_format_share)
+        axes.tick_params(labelleft=index % columns == 0)
+        ticks = known[:: -(-len(known) // 8)]
+        axes.set_xticks(ticks, [_format_tokens(pairs) for pairs in ticks])
+        axes.set_title(f"{_format_tokens(length)} tokens", fontsize=9, color=INK, pad=4)
     figure.supxlabel("key-value pairs (log scale)", fontsize=10, color=INK)
     figure.supylabel("queries answered right", fontsize=10, color=INK)
-    handles = [line for axes in figure.axes for line in axes.get_lines()]
-    named = {str(line.get_label()): line for line in handles}
-    figure.legend(
-        named.values(), named.keys(), loc="outside upper left", ncols=2, frameon=False, fontsize=9, labelcolor=INK
-    )
+    _add_figure_legend(figure, lines | {"one of the values at random": by_chance}, columns=4)
     return _save(figure, path)
 
 
@@ -599,28 +607,30 @@ def _draw_shares(
         raise ValueError("results={} must hold at least one panel")
     from matplotlib.colors import LinearSegmentedColormap
 
-    columns = min(len(panels), 4)
-    rows = -(-len(panels) // columns)
+    rows, columns = _grid(len(panels))
     figure = _new_figure(1.4 + side * columns, 0.7 + side * rows)
-    colours = LinearSegmentedColormap.from_list("shares", [_rgb(UNREAD), _rgb(RUN_COLOURS[0])])
+    colours = LinearSegmentedColormap.from_list("shares", [_rgb(UNREAD), 0.55 * _rgb(RUN_COLOURS[0])])
     shown = None
     for index, (title, (values, row_names, column_names)) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         _style_axes(axes)
         axes.grid(visible=False)
         shown = axes.imshow(100 * values, cmap=colours, vmin=0, vmax=100, **CELLS)
-        for axis, names in ((axes.xaxis, column_names), (axes.yaxis, row_names)):
-            every = -(-len(names) // 12)
+        # So many names find room: long ones, side by side, fewer.
+        room = 30 // (1 + max(map(len, column_names)))
+        for axis, names, most in ((axes.xaxis, column_names, room), (axes.yaxis, row_names, 12)):
+            every = -(-len(names) // most)
             axis.set_ticks(range(0, len(names), every), names[::every])
         if max(values.shape) <= 12:
             for (row, column), value in np.ndenumerate(values):
                 if isfinite(value):
-                    axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=INK)
+                    ink = INK if value < 0.6 else PAPER
+                    axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7.5, color=ink)
         axes.set_title(title, fontsize=9, color=INK, pad=4)
     figure.supxlabel(x, fontsize=10, color=INK)
     figure.supylabel(y, fontsize=10, color=INK)
     assert shown is not None
-    bar = figure.colorbar(shown, ax=figure.axes, pad=0.02, aspect=30)
+    bar = figure.colorbar(shown, ax=figure.axes, pad=0.02, aspect=30 * rows)
     bar.set_label(label, fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8, labelcolor=INK, length=0)
     bar.outline.set_visible(False)
@@ -798,10 +808,26 @@ def _label_map(figure: "Figure", cell: tuple[int, int], select_block: int) -> No
 
 
 def _add_legend(axes: "Axes", *, columns: int = 3) -> None:
-    """Above the axes, where it covers no line; in fewer columns if the labels are long."""
-    _, labels = axes.get_legend_handles_labels()
-    columns = max(1, min(columns, 100 // (6 + max(map(len, labels)))))
-    axes.figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=INK)
+    """Above the axes, where it covers no line."""
+    handles, labels = axes.get_legend_handles_labels()
+    _add_figure_legend(axes.figure, dict(zip(labels, handles, strict=True)), columns=columns)
+
+
+def _add_figure_legend(figure: Any, handles: Mapping[str, Any], *, columns: int) -> None:
+    """Above all axes; in fewer columns if the labels are long. Of what is too long it has the end."""
+    characters = int(13.9 * figure.get_figwidth())
+    longest = characters - 6
+    labels = [label if len(label) <= longest else f"\N{HORIZONTAL ELLIPSIS}{label[1 - longest :]}" for label in handles]
+    columns = max(1, min(columns, characters // (6 + max(map(len, labels)))))
+    figure.legend(
+        handles.values(), labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=INK
+    )
+
+
+def _grid(count: int) -> tuple[int, int]:
+    """Rows and columns of so many panels: at most 4 columns, and few places empty. 5: 2 x 3; 9: 3 x 3."""
+    rows = -(-count // 4)
+    return rows, -(-count // rows)
 
 
 def _save(figure: "Figure", path: str | Path) -> Path:
@@ -826,6 +852,11 @@ def _format_tokens(tokens: float, _: float | None = None) -> str:
 
 def _format_share(share: float, _: float | None = None) -> str:
     return f"{share:.0%}"
+
+
+def _side_by_side(num_layers: int) -> float:
+    """How far dots that belong to one layer stand apart, in layers: to be told apart, and from those of the next layer."""
+    return min(0.008 * num_layers, 0.15)
 
 
 def _run_styles() -> Iterator[tuple[str, str]]:
