@@ -90,7 +90,8 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
     free = selected_attention.free_blocks(blocks, candidates, config=config)
     more: dict[str, Any] = dict(forced=selected_attention.Forced(forced, launch("selected_forced")), keep=True)
     reads = (query, *operands.selected, free, visible_slc, selected_attention.Sum(gates, out_cmp, out_win))
-    if tiles.by_block:
+    by_block = selected_by_block.goes_by_block(tiles, config)
+    if by_block:
         _, kept = selected_by_block.selected_forward_by_block(
             *reads,
             config=config,
@@ -115,7 +116,7 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
     deltas = range_attention.deltas(dout, outs)
     branches = (
         Branch(*operands.compressed, (visible_cmp,), gates_of[0], lse_cmp, deltas[0]),
-        Branch(*operands.selected, () if tiles.by_block else forced, gates_of[1], kept.lse, deltas[1]),
+        Branch(*operands.selected, () if by_block else forced, gates_of[1], kept.lse, deltas[1]),
         Branch(*operands.window, (visible_win,), gates_of[2], lse_win, deltas[2]),
     )
     dq = range_attention.query_gradient(query, dout, branches, scale=scale, holes=False, launch=launch("range_dq"))
@@ -153,7 +154,7 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
     `scores` and `choice` both stand for the whole selection, `selected_add` for the kernels whose parts it sums;
     `selected_forward` includes `selected_forced` where it needs it.
     """
-    fixed = _launches(tiles)
+    fixed, by_block = _launches(tiles), selected_by_block.goes_by_block(tiles, config)
 
     def window_forward(tile: Tile) -> Kernel:
         return lambda x: window_attention.window_forward(
@@ -221,7 +222,7 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
         more: dict[str, Any] = dict(config=config, scale=scale, holes=False, launch=launch, sum_launch=sum_launch)
 
         def run(x: Prepared) -> tuple[Any, ...]:
-            added = x.dq if tiles.by_block else None
+            added = x.dq if by_block else None
             reads = (x.rows_slc, *x.keys_slc, x.blocks, x.visible_slc, added)
             found = selected_by_block.selected_gradients_by_block(*reads, **more)
             return tuple(array for array in found if array is not None)
@@ -230,7 +231,7 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
 
     def selected_add(tile: Tile) -> Kernel:
         gradients = gradients_by_block(fixed("selected_dkv"), _launch(tile))
-        if not tiles.by_block:
+        if not by_block:
             return gradients
         forward = forward_by_block(fixed("selected_by_block"), _launch(tile))
         return lambda x: (forward(x), gradients(x))
@@ -252,10 +253,12 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
     }
 
 
-def names_in_use(tiles: Tiles) -> tuple[str, ...]:
+def names_in_use(tiles: Tiles, config: NSAConfig) -> tuple[str, ...]:
     """The kernels that run with these tiles: the selected branch goes by query or by block."""
-    unused = ("selected_forward", "selected_dq") if tiles.by_block else ("selected_by_block",)
-    return tuple(name for name in kernels(config=NSAConfig(), scale=1.0, tiles=tiles) if name not in unused)
+    unused: tuple[str, ...] = ("selected_forward", "selected_dq")
+    if not selected_by_block.goes_by_block(tiles, config):
+        unused = ("selected_by_block",)
+    return tuple(name for name in kernels(config=config, scale=1.0, tiles=tiles) if name not in unused)
 
 
 def parts(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Kernel]:
@@ -264,7 +267,7 @@ def parts(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Kernel]
     timed_with_others = ("choice", "selected_forced", "selected_add")
     made = {
         "selection" if name == "scores" else name: every[name](getattr(tiles, name))
-        for name in names_in_use(tiles)
+        for name in names_in_use(tiles, config)
         if name not in timed_with_others
     }
     made["invert"] = lambda x: inverse_lists.cut(

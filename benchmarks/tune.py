@@ -140,7 +140,7 @@ def tune(
     prepared = jax.block_until_ready(prepare(operands, cotangent))
     del operands, cotangent
     made = kernels.kernels(config=config, scale=shape.head_dim**-0.5, tiles=safe)
-    names = only or kernels.names_in_use(current)
+    names = only or kernels.names_in_use(current, config)
     itemsize = 4 if shape.dtype == "float32" else 2
 
     tiles = {}

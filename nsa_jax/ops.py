@@ -116,7 +116,7 @@ def nsa_attention(
         out[t] = g_cmp[t] * o_cmp[t] + g_slc[t] * o_slc[t] + g_win[t] * o_win[t]      (eq. 5 of arXiv 2502.11089)
 
     Each branch has its own keys and values (3.3.3). Query head n reads key/value head `n // (N // K)`. Scores, softmax and
-    the gated sum are in float32; the result is rounded once, to the values' dtype.
+    the gated sum are in float32, the result is rounded to the values' dtype; the kernels round each branch's output too.
 
     Args:
         query: `[B, T, N, H]`, float32, bfloat16 or float16; keys and values have the same dtype.
@@ -172,21 +172,20 @@ def nsa_attention(
         selected_blocks=selected_blocks,
     )
     _check_non_decreasing(segment_ids)
-    num_keys, scale = selected.key.shape[1], _scale(scale, query)
+    num_keys, scale, blocks = selected.key.shape[1], _scale(scale, query), selected_blocks
+    if blocks is not None:
+        where = dict(query_start=query_start, segment_ids=segment_ids)
+        blocks = _canonical_blocks(blocks, config=config, num_keys=num_keys, **where)
     chosen = _implementation(
         implementation,
         query,
         kv_heads=selected.key.shape[2],
         config=config,
+        num_slots=config.num_selected if blocks is None else blocks.shape[3],
         num_keys=num_keys,
         value_size=selected.value.shape[3],
         scale=scale,
     )
-    blocks = selected_blocks
-    if blocks is not None:
-        blocks = _canonical_blocks(
-            blocks, config=config, num_keys=num_keys, query_start=query_start, segment_ids=segment_ids
-        )
     return chosen.attend(
         query,
         compressed,
@@ -259,6 +258,7 @@ def select_blocks(
         query,
         kv_heads=compressed_key.shape[2],
         config=config,
+        num_slots=config.num_selected,
         num_keys=num_keys,
         value_size=query.shape[3],
         scale=scale,
@@ -318,6 +318,7 @@ def decode_step(
         query,
         kv_heads=selected.key.shape[2],
         config=config,
+        num_slots=config.num_selected,
         num_keys=selected.key.shape[1],
         value_size=selected.value.shape[3],
         scale=scale,
@@ -335,6 +336,7 @@ def _implementation(
     *,
     kv_heads: int,
     config: NSAConfig,
+    num_slots: int,
     num_keys: int,
     value_size: int,
     scale: float,
@@ -344,9 +346,8 @@ def _implementation(
         raise ValueError(f"implementation={name!r} is unknown: choose from {[*IMPLEMENTATIONS]} or None")
     if name == "xla" or (name is None and jax.default_backend() != "gpu"):
         return IMPLEMENTATIONS["xla"]
-    reason = pallas_kernels.why_not(
-        query, kv_heads=kv_heads, config=config, num_keys=num_keys, value_size=value_size, scale=scale
-    )
+    sizes = dict(num_slots=num_slots, num_keys=num_keys, value_size=value_size)
+    reason = pallas_kernels.why_not(query, kv_heads=kv_heads, config=config, scale=scale, **sizes)
     if name != "pallas_interpret":
         reason = pallas_kernels.why_not_here() or reason
     if reason is None:

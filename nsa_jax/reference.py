@@ -256,10 +256,10 @@ def select_blocks(
 
 def canonical_blocks(
     blocks: Blocks, *, config: NSAConfig, num_keys: int, query_start: Position, segment_ids: SegmentIds | None
-) -> Blocks:
+) -> Int32[Array, "B T K slots"]:
     """A caller's blocks in the form of `select_blocks`: future, unknown and other segments' dropped, each once, ascending.
 
-    Query in block 2 of 4: `7 2 -1 0 2 3` becomes `0 2 -1 -1 -1 -1`.
+    Query in block 2 of 4: `7 2 -1 0 2 3` becomes `0 2 -1 -1`; there are no more slots than blocks.
     """
     start = jnp.asarray(query_start, jnp.int32).reshape(-1, 1)
     positions = jnp.broadcast_to(start + jnp.arange(blocks.shape[1], dtype=jnp.int32)[None, :], blocks.shape[:2])
@@ -271,7 +271,7 @@ def canonical_blocks(
     readable = (first[:, :, None, None] <= blocks) & (blocks <= own[:, :, None, None]) & (blocks >= 0)
     blocks = _ascending(jnp.where(readable, blocks, NO_BLOCK))
     repeated = jnp.pad(blocks[..., 1:] == blocks[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))[..., : blocks.shape[-1]]
-    return _ascending(jnp.where(repeated, NO_BLOCK, blocks))
+    return _ascending(jnp.where(repeated, NO_BLOCK, blocks))[..., : config.num_blocks(num_keys)]
 
 
 def attend(

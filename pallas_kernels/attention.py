@@ -51,10 +51,7 @@ class Static(NamedTuple):
 
     @property
     def by_block(self) -> bool:
-        """Whether the selected branch goes by block; a block that one program cannot hold goes by query."""
-        tiles = self.tiles.selected_by_block, self.tiles.selected_dkv
-        held = min(selected_attention.held_keys(self.config, tile) for tile in tiles)
-        return self.tiles.by_block and self.config.select_block <= held
+        return selected_by_block.goes_by_block(self.tiles, self.config)
 
     def launch(self, kernel: str) -> Launch:
         tile: Tile = getattr(self.tiles, kernel)
@@ -112,7 +109,10 @@ def attend(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N V"]:
-    """The gated sum of the three branches (eq. 5); the blocks are chosen here if not given. Shapes as in `nsa_attention`."""
+    """The gated sum of the three branches (eq. 5); the blocks are chosen here if not given. Shapes as in `nsa_attention`.
+
+    Blocks that are given are as `select_blocks` gives them: ascending, each once, none of the future, then -1.
+    """
     batch, length, num_heads, _ = query.shape
     num_keys, kv_heads, value_size = selected[1].shape[1:]
     static = Static(config, scale, tiles or tiles_for(query, kv_heads, value_size), segment_ids is not None, interpret)

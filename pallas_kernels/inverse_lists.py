@@ -12,6 +12,7 @@ from jaxtyping import Array, Int32
 from pallas_kernels import flash
 
 PIECE = 1024
+PACKED_BELOW = 2**32  # pairs of a list and a query that are sorted as one number each
 
 
 class Lists(NamedTuple):
@@ -40,8 +41,8 @@ def invert(blocks: Int32[Array, "B T K A"], *, num_blocks: int) -> Lists:
     queries = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[:, None], (length, slots))
     queries = jnp.broadcast_to(queries[None, None], lists.shape)
     lists, queries = lists.reshape(-1), queries.reshape(-1)
-    if (num_lists + 1) * length < 2**32:
-        # One number for both: sorting one array is what a GPU does fastest.
+    if (num_lists + 1) * length < PACKED_BELOW:
+        # Sorting one array is what a GPU does fastest.
         packed = jnp.sort(lists.astype(jnp.uint32) * jnp.uint32(length) + queries.astype(jnp.uint32))
         lists, queries = (packed // length).astype(jnp.int32), (packed % length).astype(jnp.int32)
     else:

@@ -37,8 +37,15 @@ from pallas_kernels.selected_attention import (
     softmax_begin,
     store_results,
 )
+from pallas_kernels.tiles import Tiles
 
 MAX_PARTIALS = 2**30
+
+
+def goes_by_block(tiles: Tiles, config: Config) -> bool:
+    """Whether the forward pass and dq do; where one program cannot hold a block, they go by query."""
+    held = min(held_keys(config, tile) for tile in (tiles.selected_by_block, tiles.selected_dkv))
+    return tiles.by_block and config.select_block <= held
 
 
 class Gradients(NamedTuple):

@@ -31,8 +31,15 @@ def why_not_here() -> str | None:
     )
 
 
-def why_not(query: Any, *, kv_heads: int, config: Config, num_keys: int, value_size: int, scale: float) -> str | None:
-    """Why the kernels do not take a problem, on any device; None if they do. `query` is `[B, T, N, H]`."""
+def why_not(
+    query: Any, *, kv_heads: int, config: Config, num_slots: int, num_keys: int, value_size: int, scale: float
+) -> str | None:
+    """Why the kernels do not take a problem, on any device; None if they do.
+
+    Args:
+        query: `[B, T, N, H]`.
+        num_slots: blocks that a query reads at most, A.
+    """
     batch, length, num_heads, _ = query.shape
     if num_heads // kv_heads > MAX_GROUP:
         return f"the kernels take at most {MAX_GROUP} query heads for each key/value head, not {num_heads // kv_heads}"
@@ -41,12 +48,12 @@ def why_not(query: Any, *, kv_heads: int, config: Config, num_keys: int, value_s
             return f"the kernels take a {name} of at most {MAX_HEAD}, not {size}"
     if not 0.0 < scale < math.inf:
         return f"the kernels take a positive, finite scale, not {scale}"
-    if config.num_selected > MAX_SELECTED:
-        return f"the kernels choose at most {MAX_SELECTED} blocks, not num_selected={config.num_selected}"
+    if num_slots > MAX_SELECTED:
+        return f"the kernels read at most {MAX_SELECTED} blocks a query, not {num_slots}"
     num_blocks = -(-num_keys // config.select_block)
     if num_blocks > MAX_BLOCKS:
         return f"the kernels choose from at most {MAX_BLOCKS} blocks, and {num_keys} keys have {num_blocks}"
-    chosen = batch * length * kv_heads * config.num_selected
+    chosen = batch * length * kv_heads * num_slots
     if chosen >= 2**31:
         return f"the kernels count to 2 ** 31 chosen blocks, and these queries choose {chosen}"
     return None

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import flash
+from pallas_kernels.block_selection import PACKED
 from pallas_kernels.flash import Tile, head_parts
 
 # Two queries of the paper's groups: their union costs nothing where choices differ, and saves where they are alike.
@@ -77,33 +79,57 @@ def _lookup(device: str, capability: str, dtype: str, size: int, value_size: int
     tuned: dict[str, Any] = {}
     for entry in sorted(entries, key=distance, reverse=True):
         tuned |= {kernel: Tile(*tile) if isinstance(tile, list) else tile for kernel, tile in entry["tiles"].items()}
-    return dataclasses.replace(safe, **tuned)
+    found = dataclasses.replace(safe, **tuned)
+    # These hold all heads of a query, however few rows they are given.
+    rows = max(16, flash.next_power_of_2(group))
+    return dataclasses.replace(
+        found,
+        scores=_widened(found.scores, rows),
+        selected_forward=_widened(found.selected_forward, rows),
+        selected_dq=_widened(found.selected_dq, rows),
+    )
+
+
+def _widened(tile: Tile, rows: int) -> Tile:
+    """With so many rows at least, and warps in proportion."""
+    if tile.rows >= rows:
+        return tile
+    return tile._replace(rows=rows, warps=min(8, tile.warps * rows // tile.rows))
 
 
 def rule(dtype: str, size: int, value_size: int, group: int) -> Tiles:
-    """Tiles that fit any supported GPU: a tile of keys and values, of which two are under way, in 32 KiB, one of rows too.
+    """Tiles that fit any supported GPU, the smallest of which lets a program have 99 KiB.
 
-    By block, a program holds one tile of keys for good, in 64 KiB.
+    A tile of keys and values, of which two are under way, has 32 KiB, and one of rows too. By block, a program holds one tile
+    of keys for good, in 64 KiB.
     """
-    numbers = sum(part.width for x in (size, value_size) for part in head_parts(x))
-    held = numbers * jnp.dtype(dtype).itemsize
-    keys = _power_of_2_below(2**15 // held, 16, 64)
-    rows = _power_of_2_below(2**15 // held, 16, 64)
+    itemsize = jnp.dtype(dtype).itemsize
+    width, value_width = (sum(part.width for part in head_parts(x)) for x in (size, value_size))
+    held = (width + value_width) * itemsize
+    most = _power_of_2_below(2**15 // held, 16, 64)
+    tile = Tile(most, most, 4, 2)
     # Small tiles, more of them under way: there is little else that hides the way to memory.
-    decode = Tile(0, keys // 2, 4, 4) if keys > 16 else Tile(0, keys, 4, 2)
+    decode = Tile(0, most // 2, 4, 4) if most > 16 else Tile(0, most, 4, 2)
+    # Keys of several places at once.
+    scored = _power_of_2_below(2**15 // (PACKED * width * itemsize), 16, min(32, most) if most > 16 else 16)
+    scores = tile._replace(keys=scored, stages=2 if PACKED * scored * width * itemsize <= 2**15 else 1)
+    kept = _power_of_2_below(2**16 // held, 16, 128)
+    passing = _power_of_2_below((88 * 2**10 - kept * held) // (2 * held), 16, most)
+    by_block = Tile(passing, kept, 4, 2 if (kept + 2 * passing) * held <= 96 * 2**10 else 1)
+    selected = Tile(min(SELECTED_ROWS, most), most, 2, 2)
     return Tiles(
-        window_forward=Tile(rows, keys, 4, 2),
-        window_dkv=Tile(rows, keys, 4, 2),
-        compressed_forward=Tile(rows, keys, 4, 2),
-        range_dq=Tile(rows, keys, 4, 2),
-        compressed_dkv=Tile(rows, keys, 4, 2),
-        scores=Tile(rows, min(32, keys), 4, 2),
+        window_forward=tile,
+        window_dkv=tile,
+        compressed_forward=tile,
+        range_dq=tile,
+        compressed_dkv=tile,
+        scores=scores,
         choice=Tile(1, 0, 1, 1),
-        selected_forced=Tile(rows, keys, 4, 2),
-        selected_forward=Tile(min(SELECTED_ROWS, rows), keys, 2, 2),
-        selected_dq=Tile(min(SELECTED_ROWS, rows), keys, 2, 2),
-        selected_dkv=Tile(rows, min(keys, _power_of_2_below(2**14 // numbers, 16, 128)), 4, 2),
-        selected_by_block=Tile(rows, _power_of_2_below(2**16 // held, 16, 128), 4, 2),
+        selected_forced=tile,
+        selected_forward=selected,
+        selected_dq=selected,
+        selected_dkv=tile._replace(keys=min(most, _power_of_2_below(2**14 // (width + value_width), 16, 128))),
+        selected_by_block=by_block,
         selected_add=Tile(16, 0, 4, 1),
         decode_compressed=decode,
         decode_choice=Tile(0, 0, 8, 1),

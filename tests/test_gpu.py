@@ -157,9 +157,9 @@ def test_long_65536_tokens_against_the_reference():
     assert differing.mean() < 1e-4  # of hundreds of scores, some are tied but for rounding
 
 
-def test_long_262144_tokens():
-    """Queries of 2 ** 31 numbers, forward and backward; rows here and there against the reference."""
-    length = 2**18
+def test_long_262208_tokens():
+    """Queries of more than 2 ** 32 bytes, which takes 64-bit offsets; rows here and there against the reference."""
+    length = 2**18 + 64
     case = Case(PAPER, queries=length, keys=length, heads=64, kv_heads=4, head_dim=128, value_head_dim=128)
     shapes = jax.eval_shape(lambda: make_inputs(case, dtype="bfloat16"))
 

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import pallas_kernels
-from nsa_jax import NativeSparseAttention, NSAConfig, nsa_attention
+from nsa_jax import NSAConfig, nsa_attention
 from nsa_jax.testing import SMALL, Case, assert_as_accurate, make_inputs
 from pallas_kernels import inverse_lists, selected_by_block, tiles
 from pallas_kernels.positions import BlockRanges
 from pallas_kernels.selected_attention import free_blocks, queries_per_tile, unions
+from pallas_kernels.selected_by_block import goes_by_block
 from tests.programs import QUICK
 from tests.test_lowering import for_cuda, verified_kernels
 
@@ -45,9 +45,24 @@ def public(case: Case, implementation: str, blocks=None):
     return attend
 
 
+def kernels(case: Case, **options):
+    """Traced anew by each program: no cache knows what a test has patched."""
+
+    def attend(tensors, inputs):
+        where = dict(query_start=inputs.query_start, window_start=inputs.window_start, segment_ids=inputs.segment_ids)
+        where.update(config=case.config, scale=case.head_dim**-0.5, interpret=True)
+        return pallas_kernels.attend(*tensors, None, **where, **options)
+
+    return attend
+
+
 def assert_agree(case: Case, inputs=None, blocks=None) -> None:
     inputs = make_inputs(case) if inputs is None else inputs
-    got, want = (solve(case, inputs, public(case, name, blocks)) for name in ("pallas_interpret", "xla"))
+    assert_same(case, inputs, public(case, "pallas_interpret", blocks), public(case, "xla", blocks))
+
+
+def assert_same(case: Case, inputs, one, other) -> None:
+    got, want = (solve(case, inputs, attend) for attend in (one, other))
     for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(want), strict=True):
         assert_as_accurate(a, b, b, name=jax.tree_util.keystr(path))
 
@@ -58,22 +73,14 @@ def test_a_block_longer_than_a_piece_of_its_list(monkeypatch):
     assert_agree(dataclasses.replace(TINY, config=config, queries=70, keys=70))
 
 
-def test_a_block_that_one_program_cannot_hold(monkeypatch):
+def test_a_block_that_one_program_cannot_hold():
     """By block, each query has one partial result of a block: a block in parts goes by query."""
-    rule = tiles.rule
-
-    def narrow(*sizes):
-        found = rule(*sizes)
-        assert found.by_block
-        return dataclasses.replace(found, selected_dkv=found.selected_dkv._replace(keys=16))
-
-    monkeypatch.setattr(tiles, "rule", narrow)
-    tiles._lookup.cache_clear()
-    jax.clear_caches()
-    config = NSAConfig(16, 16, 32, 2, 0, 1, 16)
-    assert_agree(dataclasses.replace(TINY, config=config, queries=50, keys=50))
-    tiles._lookup.cache_clear()
-    jax.clear_caches()
+    rule = tiles.rule("float32", 8, 8, 2)
+    assert rule.by_block
+    narrow = dataclasses.replace(rule, selected_dkv=rule.selected_dkv._replace(keys=16))
+    case = dataclasses.replace(TINY, config=NSAConfig(16, 16, 32, 2, 0, 1, 16), queries=50, keys=50)
+    assert not goes_by_block(narrow, case.config)
+    assert_same(case, make_inputs(case), kernels(case, tiles=narrow), public(case, "xla"))
 
 
 def test_lists_shorter_than_a_tile_by_block():
@@ -103,18 +110,12 @@ def test_heads_in_turns(monkeypatch):
     """Partial results of few heads at a time, as if of all at once."""
     case = Case(batch=2, queries=37, keys=37, heads=6, kv_heads=6, head_dim=8, value_head_dim=16)
     inputs = make_inputs(case)
-    whole = solve(case, inputs, public(case, "pallas_interpret"))
     free = SMALL.num_selected - SMALL.num_initial - SMALL.num_local
     one_head = 2 * 37 * free * 16 * 4
     monkeypatch.setattr(selected_by_block, "MAX_PARTIALS", 2 * one_head)
-    jax.clear_caches()
-    in_turns = solve(case, inputs, public(case, "pallas_interpret"))
-    # Interpreted, other shapes are other programs, which round in another order.
-    for a, b in zip(jax.tree.leaves(in_turns), jax.tree.leaves(whole), strict=True):
-        assert_as_accurate(a, b, b)
-    program = jax.make_jaxpr(lambda *tensors: public(case, "pallas_interpret")(tensors, inputs))(*inputs[:5])
+    assert_same(case, inputs, kernels(case), public(case, "xla"))
+    program = jax.make_jaxpr(lambda *tensors: kernels(case)(tensors, inputs))(*inputs[:5])
     assert "length=3" in str(program)  # pairs of heads
-    jax.clear_caches()
 
 
 def test_unions():
@@ -151,6 +152,7 @@ def test_a_union_has_room(group, slots):
         (1, NSAConfig(32, 16, 256, 64), None),  # too long a block to go by block
         (8, NSAConfig(), 600),
         (16, NSAConfig(num_selected=64), None),
+        (16, NSAConfig(4, 2, 8, 64, 1, 2, 64), None),  # 64 of 256 blocks
         (2, NSAConfig(32, 16, 128, 16), None),
     ],
 )
@@ -169,18 +171,31 @@ def test_long_choices_lower_for_cuda(group, config, slots):
     assert verified_kernels(program) >= 9
 
 
-def test_module_with_a_cache():
-    """A prompt and single tokens through the kernels give what the reference gives for the whole text."""
-    config = NSAConfig(compress_block=8, compress_stride=4, select_block=8, num_selected=3, window=6)
-    sizes = dict(num_heads=2, in_features=16, num_kv_heads=1, head_dim=8, config=config)
-    attention, plain = (
-        NativeSparseAttention(**sizes, rngs=nnx.Rngs(0), implementation=name) for name in ("pallas_interpret", "xla")
-    )
-    x = jax.random.normal(jax.random.key(1), (1, 21, 16))
-    want = plain(x)
-    step = nnx.jit(lambda attention, x, cache: attention(x, cache=cache))
-    y, cache = step(attention, x[:, :18], attention.init_cache(1, 21))
-    np.testing.assert_allclose(y, want[:, :18], atol=1e-5)
-    for t in range(18, 21):
-        y, cache = step(attention, x[:, t : t + 1], cache)
-        np.testing.assert_allclose(y, want[:, t : t + 1], atol=1e-5)
+@pytest.mark.parametrize("group", [1, 16])
+def test_vmap_lowers_for_cuda(group):
+    """By block and by query: an axis more than a GPU's grid has."""
+    case = Case(config=NSAConfig(), queries=512, keys=512, heads=2 * group, kv_heads=2, head_dim=64, value_head_dim=64)
+    shapes = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.stack([x] * 3), make_inputs(case, dtype="bfloat16")[:5]))
+
+    def run(*tensors):
+        where = dict(config=case.config, scale=0.125, query_start=0, window_start=0, segment_ids=None)
+        out, backward = jax.vjp(lambda *tensors: pallas_kernels.attend(*tensors, None, **where), *tensors)
+        return out, backward(out)
+
+    with for_cuda():
+        program = jax.jit(jax.vmap(run)).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert verified_kernels(program) >= 9
+
+
+def test_the_most_blocks_lower_for_cuda():
+    config = NSAConfig(1, 1, 1, 64, 1, 2, 1)
+    case = Case(config=config, queries=8, keys=2**16, heads=1, kv_heads=1, query_start=2**16 - 8)
+    shapes = jax.eval_shape(lambda: make_inputs(case))
+
+    def run(inputs):
+        where = dict(config=config, num_keys=case.keys, query_start=inputs.query_start, segment_ids=None, scale=0.25)
+        return pallas_kernels.select_blocks(inputs.query, inputs.compressed.key, **where)
+
+    with for_cuda():
+        program = jax.jit(run).trace(shapes).lower(lowering_platforms=("cuda",))
+    assert verified_kernels(program) >= 3

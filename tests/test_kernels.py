@@ -23,8 +23,9 @@ import pallas_kernels
 from nsa_jax import NSAConfig, nsa_attention, reference, save_attention
 from nsa_jax.ops import Implementation
 from nsa_jax.testing import CASES, SMALL, Case, Inputs, assert_as_accurate, assert_best_blocks, make_inputs
-from pallas_kernels import block_selection, inverse_lists, tiles
-from pallas_kernels.flash import Ranges, Tile, head_parts
+from pallas_kernels import block_selection, flash, inverse_lists, range_attention, tiles
+from pallas_kernels.block_selection import outside_units, select
+from pallas_kernels.flash import Ranges, Tile, head_parts, over_tiles
 from pallas_kernels.inverse_lists import Lists, cut, invert
 from pallas_kernels.positions import (
     BlockRanges,
@@ -35,6 +36,7 @@ from pallas_kernels.positions import (
     token_ranges,
     window_ranges,
 )
+from pallas_kernels.range_attention import deltas
 from tests import oracle
 from tests.posed import Solution, assert_solves, pose, read_keys, with_nan
 from tests.programs import QUICK
@@ -171,7 +173,7 @@ FORCED = (
 )
 FORCED_FOR_SEVERAL = ("segments_unaligned", "many_forced", "query_start_per_sequence")
 FORCED_BY_BLOCK = ("group_5", "more_slots_than_blocks", "segments_aligned")
-FORCED_WITH_GRADIENTS = ("plain", "segments_unaligned")
+FORCED_WITH_GRADIENTS = ("segments_unaligned",)
 
 
 @pytest.mark.parametrize("name", FORCED)
@@ -267,6 +269,27 @@ def test_planted_faults_are_found(monkeypatch):
         assert_solves(dropped, problem)
 
 
+def unmasked_edges(first, inner, outer, last, step, state):
+    return over_tiles(first, inner - 1, outer + 1, last, step, state)
+
+
+def no_deltas(dout, outs):
+    return tuple(jnp.zeros_like(delta) for delta in deltas(dout, outs))
+
+
+KERNEL_FAULTS = [(flash, "over_tiles", unmasked_edges, 0), (range_attention, "deltas", no_deltas, 1)]
+
+
+@pytest.mark.parametrize(("module", "name", "wrong", "where"), KERNEL_FAULTS, ids=[x[1] for x in KERNEL_FAULTS])
+def test_planted_faults_in_kernels_are_found(module, name, wrong, where, monkeypatch):
+    """In the output, or in gradients alone."""
+    problem = pose(CASES["odd_length"])
+    monkeypatch.setattr(module, name, wrong)
+    actual = program(problem.case, BY_BLOCK, gradients=where == 1)(*problem.arguments)
+    with pytest.raises(AssertionError, match=rf"\[{where}\].*: error"):
+        assert_solves(actual, problem)
+
+
 # The choice of blocks.
 
 
@@ -297,19 +320,24 @@ def test_choice_in_rows_as_long_as_they_need(name, cut_small, monkeypatch):
     np.testing.assert_array_equal(choose(case, inputs), wanted)
 
 
-def test_wrong_weights_are_found(monkeypatch):
-    """Each compressed token counted for one block alone, once."""
+def unweighted(*arguments, config, **sizes):
+    return select(*arguments, config=dataclasses.replace(config, compress_block=config.compress_stride), **sizes)
+
+
+def one_unit_too_few(place, units, shared):
+    return jnp.maximum(outside_units(place, units, shared) - 1, 0)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("select", unweighted), ("outside_units", one_unit_too_few)])
+def test_wrong_weights_are_found(name, wrong, monkeypatch):
+    """Each compressed token counted for one block alone, once; or the next block given one unit less."""
     case = Case(queries=20, keys=200, query_start=180)
-    inputs, select = make_inputs(case), block_selection.select
+    inputs = make_inputs(case)
     arguments = dict(config=case.config, num_keys=case.keys, query_start=case.query_start)
     wanted = oracle.select_blocks(inputs.query, inputs.compressed.key, **arguments)
     scores = oracle.importance(inputs.query, inputs.compressed.key, **arguments)
     assert_best_blocks(choose(case, inputs), wanted, scores)
-
-    def unweighted(*arguments, config, **sizes):
-        return select(*arguments, config=dataclasses.replace(config, compress_block=config.compress_stride), **sizes)
-
-    monkeypatch.setattr(block_selection, "select", unweighted)
+    monkeypatch.setattr(block_selection, name, wrong)
     with pytest.raises(AssertionError, match="blocks at .* score"):
         assert_best_blocks(choose(case, inputs), wanted, scores)
 
@@ -457,7 +485,9 @@ def chosen_at_random(shape: tuple[int, int, int, int], num_blocks: int) -> np.nd
     return blocks
 
 
-def test_invert_lists_the_queries_of_each_block():
+@pytest.mark.parametrize("packed_below", [2**32, 1])
+def test_invert_lists_the_queries_of_each_block(packed_below, monkeypatch):
+    monkeypatch.setattr(inverse_lists, "PACKED_BELOW", packed_below)
     blocks, num_blocks = chosen_at_random((2, 13, 3, 4), 6), 6
     wanted = [
         [t for t in range(13) if j in blocks[b, t, k]] for b in range(2) for k in range(3) for j in range(num_blocks)
@@ -509,7 +539,7 @@ TABLE = """[
     ("device", "capability", "dtype", "size", "group", "keys"),
     [
         ("A Card", "9.0", "bfloat16", 128, 16, 64),
-        ("A Card", "9.0", "bfloat16", 128, 64, 64),
+        ("A Card", "9.0", "bfloat16", 128, 32, 64),
         ("A Card", "9.0", "bfloat16", 128, 4, 32),  # of the same device, though the other has the group itself
         ("Another", "9.0", "bfloat16", 128, 16, 16),
         ("Its Sister", "9.0", "bfloat16", 128, 12, 64),  # the capability is the same
@@ -535,15 +565,28 @@ def test_tiles_are_those_of_the_nearest_entry_or_the_rule(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("sizes", [(8, 8), (64, 64), (96, 40), (128, 128), (192, 128), (256, 256)])
-def test_the_rule_fits_in_shared_memory(dtype, sizes):
-    """A tile of keys and values in 32 KiB, and one of rows; those of the selected branch, which hold one such, in 64."""
-    held = sum(part.width for size in sizes for part in head_parts(size)) * jnp.dtype(dtype).itemsize
-    for name, tile in vars(tiles.rule(dtype, *sizes, 4)).items():
-        if isinstance(tile, Tile):
-            # Triton's dot wants 16 of each at least.
-            most = max(16, (2**16 if name.startswith("selected") else 2**15) // held)
-            assert tile.keys <= most and tile.rows <= most, name
-            assert all(number & (number - 1) == 0 for number in (tile.rows, tile.keys, tile.warps)), name
+@pytest.mark.parametrize("group", [4, 64])
+def test_the_rule_fits_in_shared_memory(dtype, sizes, group):
+    """Of the smallest GPUs, 99 KiB: what stays in a program, and what passes through it, so many under way."""
+    width, both = (sum(part.width for size in of for part in head_parts(size)) for of in (sizes[:1], sizes))
+    itemsize = jnp.dtype(dtype).itemsize
+    for name, tile in vars(tiles.rule(dtype, *sizes, group)).items():
+        if not isinstance(tile, Tile) or name in ("choice", "selected_add", "decode_choice"):
+            continue
+        stays, passes = (tile.keys, tile.rows) if name.endswith(("_dkv", "by_block")) else (tile.rows, tile.keys)
+        held = (stays + passes * tile.stages) * both
+        if name == "scores":
+            held = (stays + block_selection.PACKED * passes * tile.stages) * width
+        assert held * itemsize <= 99 * 2**10, name
+        assert all(number & (number - 1) == 0 for number in (tile.rows, tile.keys, tile.warps)), name
+
+
+def test_a_query_whose_heads_are_many_has_rows_and_warps_for_them():
+    for group, rows in ((1, 16), (16, 16), (20, 32), (64, 64)):
+        found = tiles._lookup("NVIDIA H100 80GB HBM3", "9.0", "bfloat16", 128, 128, group)
+        if not found.by_block:
+            assert found.selected_forward.rows >= rows == 16 * found.selected_forward.warps
+        assert found.scores.rows >= rows
 
 
 def test_every_entry_of_the_table_is_whole():

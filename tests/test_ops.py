@@ -72,7 +72,7 @@ def test_a_named_implementation_never_falls_back(function):
 REFUSED = {
     "at most 64 query heads for each key/value head, not 65": dict(heads=65, kv_heads=1),
     "head size of at most 256, not 264": dict(head_dim=264),
-    "at most 1024 blocks, not num_selected=1025": dict(config=dataclasses.replace(SMALL, num_selected=1025)),
+    "at most 1024 blocks a query, not 1025": dict(config=dataclasses.replace(SMALL, num_selected=1025)),
     "from at most 65536 blocks, and 65537 keys have 65537": dict(keys=65537, config=NSAConfig(1, 1, 1, 2, 1, 1, 1)),
 }
 
@@ -84,6 +84,24 @@ def test_kernels_refuse_what_they_do_not_take(function, reason):
     inputs = jax.eval_shape(lambda: make_inputs(case))
     with pytest.raises(NotImplementedError, match=f"implementation='pallas_interpret': the kernels .*{reason}"):
         jax.eval_shape(lambda inputs: function(case, inputs, implementation="pallas_interpret"), inputs)
+
+
+def test_slots_of_the_caller_count_as_far_as_there_are_blocks():
+    """Of 70 keys in blocks of one there are 70; of 1100, more than the kernels read."""
+    config = NSAConfig(1, 1, 1, 2, 1, 1, 1)
+    for keys, slots in ((70, 5000), (1100, 1024), (1100, 1025)):
+        case = dataclasses.replace(CASE, config=config, queries=2, keys=keys)
+        inputs = jax.eval_shape(lambda case=case: make_inputs(case))
+        blocks = jax.ShapeDtypeStruct((case.batch, 2, case.kv_heads, slots), jnp.int32)
+
+        def run(inputs, blocks, case=case):
+            return attend(case, inputs, selected_blocks=blocks, implementation="pallas_interpret")
+
+        if slots == 1025:
+            with pytest.raises(NotImplementedError, match="at most 1024 blocks a query, not 1025"):
+                jax.eval_shape(run, inputs, blocks)
+        else:
+            assert jax.eval_shape(run, inputs, blocks).shape == (*inputs.query.shape[:3], case.value_head_dim)
 
 
 def test_kernels_refuse_more_numbers_of_values_and_scales_than_they_take():
