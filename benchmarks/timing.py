@@ -31,6 +31,11 @@ class Timing(NamedTuple):
     calls: int
     in_loop: bool = False
 
+    def of_each(self, steps: int) -> "Timing":
+        """Of one of so many steps that a call queues."""
+        rounds = tuple(ms / steps for ms in self.rounds_ms)
+        return Timing(statistics.median(rounds), rounds, steps, in_loop=True)
+
     def entry(self) -> dict[str, Any]:
         """For the record."""
         return self._asdict() | {"rounds_ms": list(self.rounds_ms)}
@@ -57,9 +62,7 @@ def measure(
         return timing
     looped = loop(CALLS_IN_LOOP)
     jax.block_until_ready(looped())
-    whole = _rounds(looped, 1, ROUNDS, clock)
-    rounds = tuple(ms / CALLS_IN_LOOP for ms in whole.rounds_ms)
-    return Timing(statistics.median(rounds), rounds, CALLS_IN_LOOP, in_loop=True)
+    return _rounds(looped, 1, ROUNDS, clock).of_each(CALLS_IN_LOOP)
 
 
 def _rounds(call: Callable[[], Any], calls: int, rounds: int, clock: Callable[[], float]) -> Timing:

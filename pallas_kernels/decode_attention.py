@@ -78,15 +78,15 @@ def decode_step(
     def programs(of_all: int) -> int:
         return max(1, of_all // (batch * kv_heads))
 
+    num_compressed = compressed[0].shape[1]
+    cut = plan(config, num_compressed, keys=tiles.decode_compressed.keys, programs=programs(tiles.decode_programs))
     context = None
-    if compressed[0].shape[1] > 0:
+    if num_compressed > 0:
         launch = Launch(tiles.decode_compressed, interpret)
-        splits = programs(tiles.decode_programs)
-        context = _compressed(lengths, query, *compressed, programs=splits, launch=launch, **more)
+        context = _compressed(lengths, query, *compressed, cut=cut, launch=launch, **more)
     launch = Launch(tiles.decode_choice, interpret)
-    chosen = _choice(lengths, context, kv_heads=kv_heads, num_keys=num_keys, config=config, launch=launch)
-    launch = Launch(tiles.decode_selected, interpret)
-    parts = programs(tiles.decode_selected_programs)
+    chosen = _choice(lengths, query, context, cut=cut, config=config, num_keys=num_keys, launch=launch)
+    parts, launch = programs(tiles.decode_selected_programs), Launch(tiles.decode_selected, interpret)
     out = _selected(lengths, query, selected, window, gates, chosen, programs=parts, launch=launch, **more)
     return out.reshape(batch, 1, num_heads, value_size)
 
@@ -94,8 +94,17 @@ def decode_step(
 class Partial(NamedTuple):
     """Attention to parts of the keys, each by itself."""
 
-    out: Float[Array, "B parts K G V"]
-    lse: Float[Array, "B parts K G"]  # base 2
+    out: Any  # float32 [B, parts, K, G, V]; in a kernel, as below, a ref of one sequence and key/value head
+    lse: Any  # float32 [B, parts, K, G], base 2
+
+
+def _partial(query: Grouped, parts: int, value_size: int) -> Partial:
+    shape = (query.shape[0], parts, *query.shape[2:4])
+    return Partial(_float32(*shape, value_size), _float32(*shape))
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------ compressed
@@ -128,13 +137,12 @@ class Plan(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What is known of the compressed branch; what lies beyond a sequence's length was not written."""
+    """What is known of the compressed branch, in float32; what lies beyond a sequence's length was not written."""
 
-    plan: Plan
     partial: Partial
-    top: Float[Array, "B G K tiles"]
-    sums: Float[Array, "B G K blocks"]
-    after: Float[Array, "B G K tiles"] | None  # from the tile's last block to the next; None if none shares a token
+    top: Any  # [B, G, K, tiles]
+    sums: Any  # [B, G, K, blocks]
+    after: Any  # [B, G, K, tiles], from the tile's last block to the next; None if they share no token
 
 
 def plan(config: Config, num_compressed: int, *, keys: int, programs: int) -> Plan:
@@ -151,30 +159,26 @@ def _compressed(
     key: Float[Array, "B C K H"],
     value: Float[Array, "B C K V"],
     *,
+    cut: Plan,
     config: Config,
     num_keys: int,
     scale: float,
-    programs: int,
     launch: Launch,
 ) -> Context:
     batch, num_compressed, kv_heads, value_size = value.shape
     group = query.shape[3]
-    cut = plan(config, num_compressed, keys=launch.tile.keys, programs=programs)
     num_tiles = -(-num_compressed // (cut.blocks * cut.units))
-    partial = _partial(query, cut.splits, value_size)
-    of_tile = jax.ShapeDtypeStruct((batch, group, kv_heads, num_tiles), jnp.float32)
-    sums = jax.ShapeDtypeStruct((batch, group, kv_heads, num_tiles * cut.blocks), jnp.float32)
-    outs = (*partial, of_tile, sums, *[of_tile] * (cut.shared > 1))
+    of_tile, of_block = (_float32(batch, group, kv_heads, count) for count in (num_tiles, num_tiles * cut.blocks))
+    outs = Context(_partial(query, cut.splits, value_size), of_tile, of_block, of_tile if cut.shared > 1 else None)
     inputs = (lengths, query, key, value)
-    out, lse, top, sums, *after = launch(
+    return launch(
         functools.partial(_compressed_kernel, cut=cut, scale=scale, num_keys=num_keys, config=config),
         "nsa_decode_compressed",
         grid=(cut.splits, kv_heads, batch),
         in_specs=flash.specs(inputs),
-        out_specs=flash.specs(outs),
-        out_shape=outs,
-    )(*inputs)
-    return Context(cut, Partial(out, lse), top, sums, after[0] if after else None)
+        out_specs=flash.specs((outs,)),
+        out_shape=(outs,),
+    )(*inputs)[0]
 
 
 def _compressed_kernel(
@@ -182,11 +186,8 @@ def _compressed_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    out_ref: Any,
-    lse_ref: Any,
-    top_ref: Any,
-    sums_ref: Any,
-    *after_ref: Any,
+    context: Context,
+    *,
     cut: Plan,
     scale: float,
     num_keys: int,
@@ -202,7 +203,7 @@ def _compressed_kernel(
     last = jnp.minimum(first + share, num_tiles)
 
     def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
-        def read(part: Any, carry: Any) -> Any:
+        def read_places(part: Any, carry: Any) -> Any:
             """The tokens at some places of each block, those of a place side by side."""
             state, total, after = carry
             place, block = flash.divide(lax.iota(jnp.int32, cut.keys), cut.blocks)
@@ -213,34 +214,35 @@ def _compressed_kernel(
             value = flash.load_parts(v_ref, (index,), v_parts, exists)
             visible = None if exists is None else jnp.broadcast_to(exists[None, :], (heads.count, cut.keys))
             products = flash.dot_parts(query, key)
-            read, p = flash.weighted_step(state, products, scale, value, visible)
+            before = state.highest
+            state, p = flash.weighted_step(state, products, scale, value, visible)
             if cut.steps > 1:
-                shrink = flash.exp2((state.highest - read.highest) * (scale * flash.LOG2E))[:, None]
+                shrink = flash.exp2((before - state.highest) * (scale * flash.LOG2E))[:, None]
                 total, after = total * shrink, after * shrink
             outside = outside_units(place, cut.units, cut.shared)[None, :]
-            return read, total + _by_block(p, cut), after + _by_block(p * outside, cut)
+            return state, total + _by_block(p, cut), after + _by_block(p * outside, cut)
 
         zero = jnp.zeros((heads.count, cut.blocks), jnp.float32)
         carry = state, zero, zero
         if cut.steps == 1:
-            state, total, after = read(0, carry)
+            state, total, after = read_places(0, carry)
         else:
-            state, total, after = lax.fori_loop(jnp.int32(0), jnp.int32(cut.steps), read, carry)
+            state, total, after = lax.fori_loop(jnp.int32(0), jnp.int32(cut.steps), read_places, carry)
         found = total * cut.shared - after
         in_tile, where = lax.iota(jnp.int32, cut.blocks), (heads.head, jnp.full_like(heads.head, j))
-        if after_ref:
+        if context.after is not None:
             found += _moved_on(after)
-            last = jnp.where(in_tile[None, :] == cut.blocks - 1, after, 0.0)
-            flash.store_rows(after_ref[0], where, jnp.sum(last, axis=1), heads.live)
-        flash.store_rows(top_ref, where, state.highest * (scale * flash.LOG2E), heads.live)
+            at_end = jnp.where(in_tile[None, :] == cut.blocks - 1, after, 0.0)
+            flash.store_rows(context.after, where, jnp.sum(at_end, axis=1), heads.live)
+        flash.store_rows(context.top, where, state.highest * (scale * flash.LOG2E), heads.live)
         shape, block = found.shape, j * cut.blocks + in_tile
         where = jnp.broadcast_to(heads.head[:, None], shape), jnp.broadcast_to(block[None, :], shape)
-        pltriton.store(sums_ref.at[where], found, mask=jnp.broadcast_to(heads.live[:, None], shape))
+        pltriton.store(context.sums.at[where], found, mask=jnp.broadcast_to(heads.live[:, None], shape))
         return state
 
     whole = num_visible // (cut.blocks * cut.units) if cut.whole else first
     state = flash.over_whole_tiles(first, whole, last, step, flash.softmax_start(heads.count, v_parts))
-    heads.store_partial(out_ref, lse_ref, split, v_parts, state, scale, written=last > first)
+    heads.store_partial(context.partial, split, v_parts, state, scale, written=last > first)
 
 
 def _by_block(p: Array, cut: Plan) -> Array:
@@ -263,55 +265,49 @@ def _moved_on(x: Array) -> Array:
 class Chosen(NamedTuple):
     """What the last kernel wants of the one before it."""
 
-    blocks: Int32[Array, "B 1 K A"]
-    arrived: Int32[Array, "B 1 K"]  # 0
-    compressed: Float[Array, "B 1 K G V"] | None
+    blocks: Any  # int32 [B, 1, K, A]
+    arrived: Any  # int32 [B, 1, K]: 0
+    compressed: Any  # float32 [B, 1, K, G, V], the branch's output; None if there are no compressed tokens
 
 
 def _choice(
     lengths: Int32[Array, "B 1"],
+    query: Grouped,
     context: Context | None,
     *,
-    kv_heads: int,
-    num_keys: int,
+    cut: Plan,
     config: Config,
+    num_keys: int,
     launch: Launch,
 ) -> Chosen:
-    batch = lengths.shape[0]
-    outs: tuple[Any, ...] = (
+    batch, _, kv_heads, group, _ = query.shape
+    inputs: tuple[Any, ...] = (lengths,) if context is None else (lengths, context)
+    outs = Chosen(
         jax.ShapeDtypeStruct((batch, 1, kv_heads, config.num_selected), jnp.int32),
         jax.ShapeDtypeStruct((batch, 1, kv_heads), jnp.int32),
+        None if context is None else _float32(batch, 1, *context.partial.out.shape[2:]),
     )
-    inputs: tuple[Any, ...] = (lengths,)
-    group = 1
-    if context is not None:
-        out = context.partial.out
-        group = out.shape[3]
-        outs += (jax.ShapeDtypeStruct((batch, 1, *out.shape[2:]), jnp.float32),)
-        inputs += (*context.partial, context.top, context.sums, *[context.after] * (context.after is not None))
     # A row of scores lies in registers: a long one in those of more warps.
     width = flash.next_power_of_2(-(-num_keys // config.select_block))
     at_once = min(flash.next_power_of_2(group), max(1, HELD_SCORES // width))
     warps = max(launch.tile.warps, min(16, at_once * width // 2048))
     launch = Launch(launch.tile._replace(warps=warps), launch.interpret)
-    kernel = functools.partial(_choice_kernel, cut=None if context is None else context.plan)
-    blocks, arrived, *joined = launch(
-        functools.partial(kernel, width=width, at_once=at_once, num_keys=num_keys, config=config),
+    kernel = functools.partial(_choice_kernel, cut=cut, width=width, at_once=at_once)
+    return launch(
+        functools.partial(kernel, num_keys=num_keys, config=config),
         "nsa_decode_choice",
-        grid=(1 if context is None else 2, kv_heads, batch),
+        grid=(len(inputs), kv_heads, batch),
         in_specs=flash.specs(inputs),
-        out_specs=flash.specs(outs),
-        out_shape=outs,
-    )(*inputs)
-    return Chosen(blocks, arrived, joined[0] if joined else None)
+        out_specs=flash.specs((outs,)),
+        out_shape=(outs,),
+    )(*inputs)[0]
 
 
 def _choice_kernel(
-    length_ref: Any, *refs: Any, cut: Plan | None, width: int, at_once: int, num_keys: int, config: Config
+    length_ref: Any, *refs: Any, cut: Plan, width: int, at_once: int, num_keys: int, config: Config
 ) -> None:
+    context, chosen = (None, *refs)[-2:]
     reach, program = _reach(length_ref, num_keys, config), pl.program_id(0)
-    context_refs, out_refs = (refs[:-3], refs[-3:]) if cut is not None else ((), refs)
-    blocks_ref, arrived_ref, *joined_ref = out_refs
 
     @pl.when(program == 0)
     def choose() -> None:
@@ -319,45 +315,44 @@ def _choice_kernel(
         block = jnp.broadcast_to(lax.iota(jnp.int32, width)[None, :], shape)
         candidate = block <= reach.own_block
         score = jnp.zeros(shape, jnp.float32)
-        if cut is not None:
-            score = _importance(context_refs[1:], reach.compressed, block, candidate, cut, at_once)
+        if context is not None:
+            score = _importance(context, reach.compressed, block, candidate, cut, at_once)
         row, zero = lax.iota(jnp.int32, 1), jnp.zeros((1, 1), jnp.int32)
         own = jnp.broadcast_to(reach.own_block, (1, 1))
         choice = Choice(jnp.zeros_like(block), block, candidate, row, zero, own, row >= 0)
-        store_choice(blocks_ref, score, choice, config=config)
-        arrived_ref[0] = jnp.int32(0)
+        store_choice(chosen.blocks, score, choice, config=config)
+        chosen.arrived[0] = jnp.int32(0)
 
-    if cut is not None:
+    if context is not None:
 
         @pl.when(program == 1)
         def join() -> None:
-            heads, v_parts = _Heads(joined_ref[0].shape[1]), flash.head_parts(joined_ref[0].shape[2])
-            out = _joined(context_refs[:2], 0, cut.reach(reach.compressed)[2], cut.splits, heads, v_parts)
-            flash.store_parts(joined_ref[0], heads.at(0), v_parts, out, heads.live)
+            heads, v_parts = _Heads(chosen.compressed.shape[1]), flash.head_parts(chosen.compressed.shape[2])
+            out = _joined(context.partial, 0, cut.reach(reach.compressed)[2], cut.splits, heads, v_parts)
+            flash.store_parts(chosen.compressed, heads.at(0), v_parts, out, heads.live)
 
 
-def _importance(refs: Any, num_visible: Any, block: Array, candidate: Array, cut: Plan, at_once: int) -> Array:
+def _importance(context: Context, num_visible: Any, block: Array, candidate: Array, cut: Plan, at_once: int) -> Array:
     """The scores (eq. 9, 10) of blocks `[1, width]`."""
-    lse_ref, top_ref, sums_ref, *after_ref = refs
-    group = lse_ref.shape[1]
+    group = context.partial.lse.shape[1]
     num_tiles, _, num_splits = cut.reach(num_visible)
     tile, in_tile = flash.divide(block, cut.blocks)
     shape = (at_once, block.shape[1])
-    terms = [(sums_ref, block, tile, candidate & (tile < num_tiles))]
-    for ref in after_ref:
+    terms = [(context.sums, block, tile, candidate & (tile < num_tiles))]
+    if context.after is not None:
         before = jnp.maximum(tile - 1, 0)
-        terms.append((ref, before, before, candidate & (in_tile == 0) & (tile > 0) & (tile <= num_tiles)))
+        terms.append((context.after, before, before, candidate & (in_tile == 0) & (tile > 0) & (tile <= num_tiles)))
 
     def add(i: Any, score: Array) -> Array:
         head = i * at_once + lax.iota(jnp.int32, at_once)
         live = head < group
-        lse = _joint_lse(lse_ref, 0, num_splits, cut.splits, head, live)
+        lse = _joint_lse(context.partial.lse, 0, num_splits, cut.splits, head, live)
         for ref, index, tile, given in terms:
             mask = jnp.broadcast_to(given, shape) & jnp.broadcast_to(live[:, None], shape)
             heads = jnp.broadcast_to(head[:, None], shape)
             index, tile = jnp.broadcast_to(index, shape), jnp.broadcast_to(tile, shape)
             sums = pltriton.load(ref.at[heads, index], mask=mask, other=0.0)
-            top = pltriton.load(top_ref.at[heads, tile], mask=mask, other=flash.MASKED)
+            top = pltriton.load(context.top.at[heads, tile], mask=mask, other=flash.MASKED)
             score += jnp.sum(sums * flash.exp2(top - lse[:, None]), axis=0)[None, :]
         return score
 
@@ -391,15 +386,14 @@ def _selected(
     slots = -(-config.num_selected // min(programs, config.num_selected))
     slot_parts = -(-config.num_selected // slots)
     # Of the window a program reads about as much.
-    share = -(-slots * config.select_block // launch.tile.keys)
-    window_parts = -(-window[0].shape[1] // (share * launch.tile.keys))
-    inputs: tuple[Any, ...] = (lengths, query, *selected, *window, gates, chosen.blocks)
-    if chosen.compressed is not None:
-        inputs += (chosen.compressed,)
-    inputs += (chosen.arrived,)
+    window_tiles = -(-window[0].shape[1] // launch.tile.keys)
+    share = max(-(-slots * config.select_block // launch.tile.keys), -(-window_tiles // MAX_SPLITS))
+    window_parts = -(-window_tiles // share)
+    inputs = (lengths, query, tuple(selected), tuple(window), gates, chosen)
     out = jax.ShapeDtypeStruct((batch, 1, kv_heads, group, value_size), selected[1].dtype)
     arrived = jax.ShapeDtypeStruct(chosen.arrived.shape, jnp.int32)
-    outs = (out, arrived, *_partial(query, window_parts + slot_parts, value_size))
+    outs = (out, arrived, _partial(query, window_parts + slot_parts, value_size))
+    place = next(i for i, x in enumerate(jax.tree.leaves(inputs)) if x is chosen.arrived)
     kernel = functools.partial(_selected_kernel, slots=slots, share=share, window_parts=window_parts, tile=launch.tile)
     return launch(
         functools.partial(kernel, scale=scale, num_keys=num_keys, config=config),
@@ -408,20 +402,21 @@ def _selected(
         in_specs=flash.specs(inputs),
         out_specs=flash.specs(outs),
         out_shape=outs,
-        input_output_aliases={len(inputs) - 1: 1},
+        input_output_aliases={place: 1},
     )(*inputs)[0]
 
 
 def _selected_kernel(
     length_ref: Any,
     q_ref: Any,
-    k_slc_ref: Any,
-    v_slc_ref: Any,
-    k_win_ref: Any,
-    v_win_ref: Any,
+    selected: tuple[Any, Any],
+    window: tuple[Any, Any],
     gates_ref: Any,
-    blocks_ref: Any,
-    *refs: Any,
+    chosen: Chosen,
+    o_ref: Any,
+    arrived_ref: Any,
+    partial: Partial,
+    *,
     slots: int,
     share: int,
     window_parts: int,
@@ -430,7 +425,6 @@ def _selected_kernel(
     num_keys: int,
     config: Config,
 ) -> None:
-    *compressed_ref, _, o_ref, arrived_ref, out_ref, lse_ref = refs
     reach, heads, part = _reach(length_ref, num_keys, config), _Heads(q_ref.shape[1]), pl.program_id(0)
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(o_ref.shape[-1])
     query = flash.load_parts(q_ref, heads.at(0), q_parts, heads.live)
@@ -440,13 +434,13 @@ def _selected_kernel(
     def read_window() -> None:
         def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
             row = j * tile.keys + lax.iota(jnp.int32, tile.keys)
-            return _read(heads, query, (k_win_ref, v_win_ref), row, row < reach.ring if masked else None, state, scale)
+            return _read(heads, query, window, row, row < reach.ring if masked else None, state, scale)
 
         num_tiles = flash.ceil_div(reach.ring, tile.keys)
         first = jnp.minimum(part * share, num_tiles)
         last = jnp.minimum(first + share, num_tiles)
         state = flash.over_whole_tiles(first, reach.ring // tile.keys, last, step, start)
-        heads.store_partial(out_ref, lse_ref, part, v_parts, state, scale)
+        heads.store_partial(partial, part, v_parts, state, scale)
 
     @pl.when(part >= window_parts)
     def read_blocks() -> None:
@@ -456,29 +450,29 @@ def _selected_kernel(
         def step(j: Any, state: flash.Softmax, masked: bool) -> flash.Softmax:
             slot, in_block = flash.divide(j, tiles)
             in_block = in_block * held + lax.iota(jnp.int32, held)
-            token = blocks_ref[0, slot] * size + in_block
+            token = chosen.blocks[0, slot] * size + in_block
             exists = (in_block < size) & (token < reach.tokens) if masked else None
-            return _read(heads, query, (k_slc_ref, v_slc_ref), token, exists, state, scale)
+            return _read(heads, query, selected, token, exists, state, scale)
 
         # A query chooses as many of its candidates as it may. Of the last block, which is most often its own, tiles that
         # begin at tokens to come are left out, and others masked.
         count = jnp.minimum(reach.own_block + 1, config.num_selected)
         before = jnp.maximum(count - 1, 0)
-        reached = jnp.minimum(reach.tokens - blocks_ref[0, before] * size, size)
+        reached = jnp.minimum(reach.tokens - chosen.blocks[0, before] * size, size)
         last = before * tiles + jnp.where(count > 0, flash.ceil_div(reached, held), 0)
         whole = before * tiles if tiles * held == size else 0
         first = jnp.minimum((part - window_parts) * slots * tiles, last)
         state = flash.over_whole_tiles(first, whole, jnp.minimum(first + slots * tiles, last), step, start)
-        heads.store_partial(out_ref, lse_ref, part, v_parts, state, scale)
+        heads.store_partial(partial, part, v_parts, state, scale)
 
     @pl.when(flash.arrive(arrived_ref) == pl.num_programs(0) - 1)
     def finish() -> None:
-        slot_parts = out_ref.shape[0] - window_parts
-        out_win = _joined((out_ref, lse_ref), 0, window_parts, window_parts, heads, v_parts)
-        out_slc = _joined((out_ref, lse_ref), window_parts, slot_parts, slot_parts, heads, v_parts)
+        slot_parts = partial.lse.shape[0] - window_parts
+        out_win = _joined(partial, 0, window_parts, window_parts, heads, v_parts)
+        out_slc = _joined(partial, window_parts, slot_parts, slot_parts, heads, v_parts)
         out_cmp = tuple(jnp.zeros_like(out) for out in out_slc)
-        for ref in compressed_ref:
-            out_cmp = flash.load_parts(ref, heads.at(0), v_parts, heads.live)
+        if chosen.compressed is not None:
+            out_cmp = flash.load_parts(chosen.compressed, heads.at(0), v_parts, heads.live)
         gates = flash.load_gates(gates_ref, heads.at(0), heads.live)
         out = flash.sum_branches(gates, out_cmp, out_slc, out_win)
         flash.store_parts(o_ref, heads.at(0), v_parts, out, heads.live)
@@ -502,8 +496,7 @@ class _Heads:
 
     def store_partial(
         self,
-        out_ref: Any,
-        lse_ref: Any,
+        partial: Partial,
         place: Any,
         parts: tuple[flash.Part, ...],
         state: flash.Softmax,
@@ -512,15 +505,9 @@ class _Heads:
     ) -> None:
         outs, lse = flash.softmax_end(state, scale)
         where, live = self.at(place), self.live & written
-        flash.store_parts(out_ref, where, parts, outs, live)
+        flash.store_parts(partial.out, where, parts, outs, live)
         # What has read nothing has no share in the whole.
-        flash.store_rows(lse_ref, where, jnp.where(state.total > 0.0, lse, flash.MASKED), live)
-
-
-def _partial(query: Grouped, parts: int, value_size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes of a `Partial`."""
-    shape = (query.shape[0], parts, *query.shape[2:4])
-    return tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in ((*shape, value_size), shape))
+        flash.store_rows(partial.lse, where, jnp.where(state.total > 0.0, lse, flash.MASKED), live)
 
 
 def _reach(length_ref: Any, num_keys: int, config: Config) -> Reach:
@@ -559,19 +546,18 @@ def _joint_lse(lse_ref: Any, first: int, count: Any, most: int, head: Array, liv
 
 
 def _joined(
-    refs: Any, first: int, count: Any, most: int, heads: _Heads, parts: tuple[flash.Part, ...]
+    partial: Partial, first: int, count: Any, most: int, heads: _Heads, parts: tuple[flash.Part, ...]
 ) -> tuple[Array, ...]:
     """The attention to all keys of `count` partial results from `first` on, at most `most`, or 0."""
-    out_ref, lse_ref = refs
     at_once = min(JOINED, most)
-    lse = _joint_lse(lse_ref, first, count, most, heads.head, heads.live)
+    lse = _joint_lse(partial.lse, first, count, most, heads.head, heads.live)
 
     def add(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         for place in range(at_once):
             place = i * at_once + place
             where, live = heads.at(first + place), heads.live & (place < count)
-            weight = jnp.where(live, flash.exp2(flash.load_rows(lse_ref, where, live) - lse), 0.0)
-            outs = flash.load_parts(out_ref, where, parts, live)
+            weight = jnp.where(live, flash.exp2(flash.load_rows(partial.lse, where, live) - lse), 0.0)
+            outs = flash.load_parts(partial.out, where, parts, live)
             sums = tuple(total + weight[:, None] * out for total, out in zip(sums, outs, strict=True))
         return sums
 

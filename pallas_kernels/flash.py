@@ -362,7 +362,7 @@ def arrive(count_ref: Any) -> Array:
 
 
 def divide(value: Any, by: int) -> tuple[Any, Any]:
-    """Quotient and remainder of numbers >= 0."""
+    """Quotient, rounded down, and remainder."""
     # Triton's lowering takes the constant 1 for a truth value.
     return (value, jnp.zeros_like(value)) if by == 1 else (value // by, value % by)
 

@@ -32,7 +32,7 @@ def test_tokens_read_by_hand():
 
 
 def test_small_problems_are_read_in_turn():
-    assert steps.copies_for(11_500_000) == 7 and steps.copies_for(280_000_000) == 1 and steps.copies_for(1) == 16
+    assert steps.copies_for(11_500_000) == 14 and steps.copies_for(280_000_000) == 1 and steps.copies_for(1) == 16
 
 
 def test_a_loop_goes_through_its_problems():
