@@ -255,6 +255,17 @@ def test_the_unrolled_model_with_a_cache_equals_the_scanned_one(attention):
     np.testing.assert_array_equal(caches[0].lengths, done)
 
 
+def test_the_first_layer_counts_for_all():
+    network = Network(CONFIG, VOCAB)
+    model = network.model(random_params(network))
+    with_cache = jax.jit(lambda caches: model.with_cache(random_tokens(2, 5), caches, jnp.asarray([5, 2])))
+    first, second = model.init_cache(2, 9)
+    expected = with_cache((first, second))
+    assert [cache.lengths.tolist() for cache in expected[1]] == [[5, 2], [5, 2]]
+    actual = with_cache((first, second._replace(lengths=jnp.asarray([3, 7], jnp.int32))))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 @pytest.mark.parametrize("compression, tie_embeddings", [("mlp", True), ("gated_pool", False)])
 def test_matrices_cast_beforehand_give_the_same_bits(compression, tie_embeddings):
     network = Network(

@@ -291,7 +291,8 @@ class LanguageModel(nnx.Module):
         """
         x, grown = self.embed(tokens), []
         for layer, cache in zip(layers or self.unstacked_layers(), caches, strict=True):
-            x, cache = layer.with_cache(x, cache, lengths)
+            # All have seen the same tokens: what follows from their number alone is computed once, for all layers.
+            x, cache = layer.with_cache(x, cache._replace(lengths=caches[0].lengths), lengths)
             grown.append(cache)
         return self.norm(x), tuple(grown)
 
