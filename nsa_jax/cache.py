@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from nsa_jax.config import NSAConfig
+from nsa_jax.config import FLOATS, NSAConfig
 from nsa_jax.shapes import KeyValue
 
 
@@ -53,6 +53,10 @@ def init_cache(
     for name, number in (("batch_size", batch_size), ("max_length", max_length)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name}={number!r} must be a positive integer")
+    if str(jnp.dtype(dtype)) not in FLOATS:
+        raise ValueError(
+            f"{dtype=!s} of a cache must be one of {', '.join(FLOATS)}, in which attention to it is computed"
+        )
 
     def zeros(length: int) -> KeyValue:
         shape = (batch_size, length, num_kv_heads)
@@ -123,7 +127,7 @@ def extend(
 def recent_window(cache: NSACache, new: KeyValue, num_real: Int32[Array, "B"], config: NSAConfig) -> Window:
     """The window branch's keys and values for T new tokens; `cache` is as it was before them, the rest as in `extend`."""
     unrolled, new = unroll(cache.window, cache.lengths), _only(_real(new.key.shape[1], num_real), new)
-    keys_values = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), unrolled, new)
+    keys_values = jax.tree.map(lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1), unrolled, new)
     return Window(keys_values, cache.lengths - config.window)
 
 
