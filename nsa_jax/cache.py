@@ -5,6 +5,7 @@ tokens of the window branch as a ring, and the last l tokens before compression,
 when its block completes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from nsa_jax.config import NSAConfig
+from nsa_jax.config import FLOATS, NSAConfig
 from nsa_jax.shapes import KeyValue
 
 
@@ -52,6 +53,10 @@ def init_cache(
     for name, number in (("batch_size", batch_size), ("max_length", max_length)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name}={number!r} must be a positive integer")
+    if str(jnp.dtype(dtype)) not in FLOATS:
+        raise ValueError(
+            f"{dtype=!s} of a cache must be one of {', '.join(FLOATS)}, in which attention to it is computed"
+        )
 
     def zeros(length: int) -> KeyValue:
         shape = (batch_size, length, num_kv_heads)
@@ -99,23 +104,30 @@ def extend(
         function to which the cache is donated writes rows of it in place, and no more of them than are new.
     """
     num_new = selected.key.shape[1]
-    real = _real(num_new, num_real)
-    # A token that is not real may hold anything, NaN too: it must not meet a real one in a product with zero.
-    compression = _only(real, compression)
     positions = cache.lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
-    return NSACache(
-        compressed=_extend_compressed(cache, compression, num_real, compress, config),
-        selected=_write(cache.selected, selected, positions, real),
+    grown = cache._replace(
+        selected=_write(cache.selected, selected, positions, _real(num_new, num_real)),
         window=_write_ring(cache.window, window, positions, num_real),
         uncompressed=_write_ring(cache.uncompressed, compression, positions, num_real),
         lengths=cache.lengths + num_real,
     )
+    if num_new == 1:
+        # The block that a token completes is the last l tokens: all that the ring now holds.
+        tokens = unroll(grown.uncompressed, grown.lengths)
+    else:
+        tokens = _uncompressed(cache, compression, num_real, config)
+    have = _num_compressed(cache.lengths, config)
+    count = -(-num_new // config.compress_stride)  # T more tokens complete at most ceil(T / d) blocks
+    index = have[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
+    complete = index < _num_compressed(grown.lengths, config)[:, None]
+    compressed = compress(tokens, index * config.compress_stride)
+    return grown._replace(compressed=_write(cache.compressed, compressed, index, complete))
 
 
 def recent_window(cache: NSACache, new: KeyValue, num_real: Int32[Array, "B"], config: NSAConfig) -> Window:
     """The window branch's keys and values for T new tokens; `cache` is as it was before them, the rest as in `extend`."""
     unrolled, new = unroll(cache.window, cache.lengths), _only(_real(new.key.shape[1], num_real), new)
-    keys_values = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), unrolled, new)
+    keys_values = jax.tree.map(lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1), unrolled, new)
     return Window(keys_values, cache.lengths - config.window)
 
 
@@ -133,24 +145,17 @@ def _only(real: Bool[Array, "B T"], new: KeyValue) -> KeyValue:
     return jax.tree.map(lambda x: jnp.where(real[:, :, None, None], x, 0), new)
 
 
-def _extend_compressed(
-    cache: NSACache,
-    new: KeyValue,
-    num_real: Int32[Array, "B"],
-    compress: Callable[[KeyValue, Int32[Array, "B C"]], KeyValue],
-    config: NSAConfig,
-) -> KeyValue:
-    l, d = config.compress_block, config.compress_stride
-    have = _num_compressed(cache.lengths, config)
-    count = -(-new.key.shape[1] // d)  # T more tokens complete at most ceil(T / d) blocks
-    # The next block starts at token have * d, at most l - 1 tokens ago, so the last l tokens and the new ones hold it.
+def _uncompressed(cache: NSACache, new: KeyValue, num_real: Int32[Array, "B"], config: NSAConfig) -> KeyValue:
+    """Those of the last l tokens and T new ones that hold the blocks which the new ones may complete."""
+    l, d, num_new = config.compress_block, config.compress_stride, new.key.shape[1]
+    # A token that is not real may hold anything, NaN too: it must not meet a real one in a product with zero.
+    new = _only(_real(num_new, num_real), new)
     recent = unroll(cache.uncompressed, cache.lengths)
     tokens = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), recent, new)
-    row = (have * d - (cache.lengths - l))[:, None] + jnp.arange((count - 1) * d + l, dtype=jnp.int32)[None, :]
-    tokens = _take(tokens, jnp.minimum(row, tokens.key.shape[1] - 1))
-    index = have[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
-    complete = index < _num_compressed(cache.lengths + num_real, config)[:, None]
-    return _write(cache.compressed, compress(tokens, index * d), index, complete)
+    # The next block starts at most l - 1 tokens ago; row 0 is l tokens ago.
+    start = _num_compressed(cache.lengths, config) * d - (cache.lengths - l)
+    row = start[:, None] + jnp.arange((-(-num_new // d) - 1) * d + l, dtype=jnp.int32)[None, :]
+    return _take(tokens, jnp.minimum(row, tokens.key.shape[1] - 1))
 
 
 def _num_compressed(lengths: Int32[Array, "B"], config: NSAConfig) -> Int32[Array, "B"]:
@@ -158,7 +163,9 @@ def _num_compressed(lengths: Int32[Array, "B"], config: NSAConfig) -> Int32[Arra
 
 
 def _take(x: KeyValue, rows: Int32[Array, "B X"]) -> KeyValue:
-    return jax.tree.map(lambda x: jnp.take_along_axis(x, rows[:, :, None, None], axis=1), x)
+    """Rows of `x`, all of which exist."""
+    take = functools.partial(jnp.take_along_axis, axis=1, mode="promise_in_bounds")
+    return jax.tree.map(lambda x: take(x, rows[:, :, None, None]), x)
 
 
 def _write(x: KeyValue, new: KeyValue, rows: Int32[Array, "B X"], keep: Bool[Array, "B X"]) -> KeyValue:

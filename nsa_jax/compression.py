@@ -4,7 +4,8 @@ Every phi reads `[B, S, K, D]` and gives `[B, C, K, D]`, for keys (D = H) or val
 the K heads. The paper leaves its form open: "a learnable MLP with intra-block position encoding".
 
 Blocks overlap l/d times. To copy tokens into blocks would take l/d times their memory, so all maps here work on *units* of
-d tokens: unit u is part r of block u - r, for r = 0 .. l/d - 1, and a block is the sum of its parts.
+d tokens: unit u is part r of block u - r, for r = 0 .. l/d - 1, and a block is the sum of its parts. One block alone, such as
+each that decoding makes, overlaps none: it is one unit, of l tokens, and its own only part.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def mean_compress(tokens: Tokens, *, config: NSAConfig) -> Compressed:
         [1.5, 3.5]
     """
     units = _units(tokens.astype(jnp.float32), config).sum(axis=2)  # [B, U, K, D]
-    total = _sum_parts([units] * _num_parts(config), _num_compressed(tokens, config))
+    total = _sum_parts([units] * _num_parts(tokens, config), _num_compressed(tokens, config))
     return (total / config.compress_block).astype(tokens.dtype)
 
 
@@ -159,14 +160,14 @@ class GatedPoolCompression(nnx.Module):
         self.position = nnx.Param(jnp.zeros((config.compress_block, size), param_dtype))
 
     def __call__(self, tokens: Tokens) -> Compressed:
+        num_parts, count = _num_parts(tokens, self.config), _num_compressed(tokens, self.config)
         logits = _units(self.gate(tokens).astype(jnp.float32), self.config)  # [B, U, d, K, D]
         units = _units(tokens.astype(jnp.float32), self.config)
         position = self.position[...].astype(jnp.float32)
-        position = position.reshape(_num_parts(self.config), self.config.compress_stride, 1, -1)
+        position = position.reshape(num_parts, -1, 1, position.shape[-1])
 
         # The softmax of a block from those of its parts, by their highest logit, weight and weighted sum.
-        part_logits = [logits + position[r][None, None] for r in range(_num_parts(self.config))]
-        count = _num_compressed(tokens, self.config)
+        part_logits = [logits + position[r][None, None] for r in range(num_parts)]
         highest = _combine_parts([x.max(axis=2) for x in part_logits], count, jnp.maximum)  # [B, C, K, D]
         highest = jax.lax.stop_gradient(highest)
         weight = total = jnp.zeros_like(highest)
@@ -210,15 +211,21 @@ class _BlockLinear(nnx.Module):
         dtype = jnp.result_type(tokens, self.kernel[...]) if self.dtype is None else self.dtype
         tokens, kernel, position = (x.astype(dtype) for x in (tokens, self.kernel[...], self.position[...]))
         size, out_size = tokens.shape[-1], kernel.shape[-1]
-        parts, stride = _num_parts(self.config), self.config.compress_stride
-        kernel = kernel.reshape(parts, stride, size, out_size)
-        products = jnp.einsum("busKi,psio->pbuKo", _units(tokens, self.config), kernel)  # u: unit, s: token, p: part
-        bias = jnp.einsum("psi,psio->o", position.reshape(parts, stride, size), kernel)
-        return _sum_parts(list(products), _num_compressed(tokens, self.config)) + bias[None, None, None, :]
+        num_parts, count = _num_parts(tokens, self.config), _num_compressed(tokens, self.config)
+        units = _units(tokens, self.config)
+        if count == 1:
+            # Positions added to the one block cost less than the kernel read again for what they give in all.
+            units = units + position[None, None, :, None, :]
+        kernel = kernel.reshape(num_parts, -1, size, out_size)
+        products = jnp.einsum("busKi,psio->pbuKo", units, kernel)  # u: unit, s: token, p: part
+        out = _sum_parts(list(products), count)
+        if count == 1:
+            return out
+        return out + jnp.einsum("psi,psio->o", position.reshape(num_parts, -1, size), kernel)[None, None, None, :]
 
 
-def _num_parts(config: NSAConfig) -> int:
-    return config.compress_block // config.compress_stride
+def _num_parts(tokens: Tokens, config: NSAConfig) -> int:
+    return 1 if _num_compressed(tokens, config) == 1 else config.compress_block // config.compress_stride
 
 
 def _num_compressed(tokens: Tokens, config: NSAConfig) -> int:
@@ -226,11 +233,11 @@ def _num_compressed(tokens: Tokens, config: NSAConfig) -> int:
 
 
 def _units(tokens: Tokens, config: NSAConfig) -> Float[Array, "B U d K D"]:
-    """Tokens as units of d, `U = C + l/d - 1` of them: those that complete blocks touch."""
-    stride, count = config.compress_stride, _num_compressed(tokens, config)
-    num_units = count + _num_parts(config) - 1 if count else 0
+    """Tokens as units, `U = C + l/d - 1` of d: those that complete blocks touch; one of l for a single block."""
+    num_parts, count = _num_parts(tokens, config), _num_compressed(tokens, config)
+    length, num_units = config.compress_block // num_parts, count + num_parts - 1 if count else 0
     batch, _, heads, size = tokens.shape
-    return tokens[:, : num_units * stride].reshape(batch, num_units, stride, heads, size)
+    return tokens[:, : num_units * length].reshape(batch, num_units, length, heads, size)
 
 
 def _combine_parts(parts: list[Array], count: int, combine: Callable[[Array, Array], Array]) -> Array:

@@ -234,7 +234,12 @@ class NativeSparseAttention(nnx.Module):
         return self.out(out)
 
     def init_cache(self, batch_size: int, max_length: int, *, dtype: Dtype | None = None) -> NSACache:
-        """An empty cache for `batch_size` sequences of up to `max_length` tokens; `dtype` is the computation's if None."""
+        """An empty cache for `batch_size` sequences of up to `max_length` tokens.
+
+        `dtype` is the module's, or else its parameters', if None. Attention to a cache is computed in the cache's dtype, the
+        rest of the layer in its own: bfloat16 halves what a float32 layer keeps and reads, and rounds queries, keys, values
+        and what attention makes of them.
+        """
         dtype = dtype or self.dtype or self.param_dtype
         return init_cache(
             batch_size,
@@ -326,21 +331,19 @@ class NativeSparseAttention(nnx.Module):
         else:
             window, start = recent_window(cache, projections.window, num_real, self.config)
             attend, where = ops.nsa_attention, dict(query_start=cache.lengths, window_start=start)
-        dtype = projections.query.dtype
-        compressed, selected, window = jax.tree.map(
-            lambda x: x.astype(dtype), (grown.compressed, grown.selected, window)
-        )
+        # Queries take the cache's dtype, rather than all that the cache holds theirs at every step.
+        query = projections.query
         out = attend(
-            projections.query,
-            compressed=compressed,
-            selected=selected,
+            query.astype(grown.selected.key.dtype),
+            compressed=grown.compressed,
+            selected=grown.selected,
             window=window,
             gates=projections.gates,
             config=self.config,
             implementation=self.implementation,
             **where,
         )
-        out = self.out(out)
+        out = self.out(out.astype(query.dtype))
         return mark_overflow(out, cache.lengths, num_real, max_length=cache.max_length), grown
 
 

@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from nsa_jax import NSAConfig, mean_compress
 from nsa_jax.compression import COMPRESSIONS
 from nsa_jax.testing import SMALL
+from tests.programs import equations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -111,10 +112,11 @@ def test_mean_compress_needs_no_module():
 
 
 @PHI
-def test_gradients_equal_those_of_the_loop(phi):
+@pytest.mark.parametrize("length", [15, 7])  # five blocks, and one alone
+def test_gradients_equal_those_of_the_loop(phi, length):
     """In a random direction of tokens and parameters, by central difference of the loop in float64."""
     config = config_of(6, 2)
-    module, tokens = make(phi, config), tokens_of(15)
+    module, tokens = make(phi, config), tokens_of(length)
     p, names = parameters(module), list(parameters(module))
     graph, state = nnx.split(module)
     cotangent = np.random.default_rng(2).normal(size=judge(phi, tokens, p, config).shape)
@@ -263,7 +265,16 @@ def test_a_huge_logit_of_gated_pool_does_not_overflow(logit):
         assert np.isfinite(array).all()
 
 
-# Memory.
+# Memory, and work.
+
+
+@pytest.mark.parametrize("phi, most", [("mean", 0), ("linear", 1), ("mlp", 2), ("gated_pool", 1)])
+def test_a_block_alone_takes_one_product_a_layer(phi, most):
+    """As at a step of decoding; of several blocks, one more is that of the positions."""
+    module = make(phi, SMALL)
+    for length, more in ((SMALL.compress_block, 0), (4 * SMALL.compress_block, phi in ("linear", "mlp"))):
+        program = jax.make_jaxpr(module)(tokens_of(length)).jaxpr
+        assert [x.primitive.name for x in equations(program)].count("dot_general") == most + more
 
 
 def largest(jaxpr):

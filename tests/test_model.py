@@ -1,6 +1,7 @@
 """train/model.py: one model, whatever the attention, the rematerialisation, and layers scanned or unrolled."""
 
 import dataclasses
+import functools
 import math
 import typing
 
@@ -11,11 +12,13 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 
 from nsa_jax import NSAConfig, select_blocks
+from tests.programs import equations
 from tests.tiny import random_params
 from train import model as model_module
 from train.config import MAX_PACKED_DENSE, PRESETS, AttentionName, ModelConfig, TrainConfig
 from train.data import Batch
-from train.model import Network, mean_keys_read
+from train.generate import Sampling, advance, empty_state
+from train.model import Network, cast_matrices, mean_keys_read
 from train.step import abstract_state, make_train_step
 
 pytest_plugins = ["tests.tiny_fixtures"]
@@ -250,6 +253,53 @@ def test_the_unrolled_model_with_a_cache_equals_the_scanned_one(attention):
     for row in rows:
         assert_close(hidden[row, : done[row]], expected[row, : done[row]])
     np.testing.assert_array_equal(caches[0].lengths, done)
+
+
+def test_the_first_layer_counts_for_all():
+    network = Network(CONFIG, VOCAB)
+    model = network.model(random_params(network))
+    with_cache = jax.jit(lambda caches: model.with_cache(random_tokens(2, 5), caches, jnp.asarray([5, 2])))
+    first, second = model.init_cache(2, 9)
+    expected = with_cache((first, second))
+    assert [cache.lengths.tolist() for cache in expected[1]] == [[5, 2], [5, 2]]
+    actual = with_cache((first, second._replace(lengths=jnp.asarray([3, 7], jnp.int32))))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("compression, tie_embeddings", [("mlp", True), ("gated_pool", False)])
+def test_matrices_cast_beforehand_give_the_same_bits(compression, tie_embeddings):
+    network = Network(
+        replace(num_layers=1, compression=compression, tie_embeddings=tie_embeddings, dtype="bfloat16"), VOCAB
+    )
+    params = random_params(network)
+    cast = cast_matrices(params, "bfloat16")
+    wide = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(cast) if x.dtype == jnp.float32}
+    assert wide == {"scale", "position"}
+
+    # XLA may leave roundings out on a CPU, but not if told so.
+    @functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+    def run(params):
+        model = network.model(params)
+        hidden, caches = model.with_cache(random_tokens(2, 9), model.init_cache(2, 12))
+        return model.logits(hidden), caches
+
+    jax.tree.map(np.testing.assert_array_equal, run(cast), run(params))
+
+
+def test_generation_casts_and_unstacks_before_its_loop():
+    """What enters the loop: no matrix in float32, and none of several layers."""
+    network = Network(replace(dtype="bfloat16"), VOCAB)
+    params = network.abstract_params()
+    state = jax.eval_shape(lambda params: empty_state(network, params, batch=5, max_length=9, max_tokens=9), params)
+    keys, limits = jax.random.split(jax.random.key(0), 5), jnp.full((5,), 9, jnp.int32)
+    traced = advance.trace(network, params, state, keys, limits, 9, sampling=Sampling(temperature=0), stop=())
+    loop = next(x for x in equations(traced.jaxpr) if x.primitive.name == "while")
+    found = {(str(x.aval.dtype), x.aval.shape) for x in loop.invars}
+    kernels = [x.shape for path, x in jax.tree_util.tree_leaves_with_path(params["layers"]) if path[-1].key == "kernel"]
+    for shape in kernels:
+        assert ("bfloat16", shape[1:]) in found and ("float32", shape[1:]) not in found
+        assert not {("bfloat16", shape), ("float32", shape)} & found
+    assert ("bfloat16", (64, CONFIG.model_dim)) in found and ("float32", (64, CONFIG.model_dim)) not in found
 
 
 # ---------------------------------------------------------------------------------------------------- packed documents

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from nsa_jax import NativeSparseAttention, NSAConfig
+from nsa_jax import NativeSparseAttention, NSAConfig, ops
 from nsa_jax.compression import COMPRESSIONS
 from nsa_jax.module import rotate
 from nsa_jax.testing import SMALL
@@ -353,6 +353,60 @@ def test_dtypes(phi, dtype, param_dtype, x_dtype, result):
     module = abstract(compression=phi, normalize_qk=True, dtype=dtype, param_dtype=param_dtype)
     assert {array.dtype for array in parameters(module).values()} == {jnp.dtype(param_dtype)}
     assert look(module, jnp.zeros((1, 12, 10), x_dtype)).dtype == result
+
+
+@pytest.mark.parametrize(
+    "dtype, param_dtype, given, result",
+    [
+        (jnp.float32, jnp.float32, jnp.bfloat16, jnp.float32),
+        (jnp.bfloat16, jnp.float32, jnp.float32, jnp.bfloat16),
+        (None, jnp.bfloat16, jnp.bfloat16, jnp.float32),
+    ],
+)
+@pytest.mark.parametrize("name, length", [("decode_step", 1), ("nsa_attention", 7)])
+def test_a_cache_is_read_in_its_own_dtype(name, length, dtype, param_dtype, given, result, monkeypatch):
+    """As it is kept: nothing as long as it is cast."""
+    calls = []
+
+    def attend(query, **arguments):
+        calls.append((query, arguments))
+        return query[..., :3]
+
+    monkeypatch.setattr(ops, name, attend)
+    module = make(dtype=dtype, param_dtype=param_dtype)
+
+    def run(x):
+        out, grown = module(x, cache=module.init_cache(2, 30, dtype=given))
+        [(query, read)] = calls
+        assert read["compressed"] is grown.compressed and read["selected"] is grown.selected
+        assert {x.dtype for x in jax.tree.leaves((query, grown[:-1], read["window"]))} == {jnp.dtype(given)}
+        assert read["gates"].dtype == jnp.float32
+        return out
+
+    assert jax.eval_shape(run, jnp.zeros((2, length, 10))).dtype == result
+
+
+@pytest.mark.parametrize("dtype, given", [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)])
+def test_decoding_from_a_cache_of_another_dtype(dtype, given):
+    """Every block is read, so that no choice depends on rounding."""
+    module, x = make(config=SMALL, normalize_qk=True, dtype=dtype), gaussian(2, 40, 10)
+    expected = by_hand(module, x)
+    step = nnx.jit(lambda module, x, cache: module(x, cache=cache))
+    out, cache = step(module, x[:, :38], module.init_cache(2, 40, dtype=given))
+    outs = [out]
+    for position in (38, 39):
+        out, cache = step(module, x[:, position : position + 1], cache)
+        outs.append(out)
+    assert {x.dtype for x in outs} == {jnp.dtype(dtype)}
+    out = np.concatenate([np.asarray(x, np.float32) for x in outs], axis=1)
+    np.testing.assert_allclose(out, expected, atol=0.04 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_a_cache_is_of_a_dtype_that_attention_computes_in(dtype):
+    message = f"dtype={jnp.dtype(dtype)} of a cache must be one of float32, bfloat16, float16"
+    with pytest.raises(ValueError, match=message):
+        abstract().init_cache(2, 30, dtype=dtype)
 
 
 # Flax and JAX around it.

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from train.model import Network, Params
+from train.model import Network, Params, cast_matrices
 from train.runs import Run
 from train.tokenizer import Tokenizer
 
@@ -120,7 +120,9 @@ def advance(
 
     The i-th draw of row b depends on the model's output there, `keys[b]` and i alone, not on `until` or the other rows.
     """
-    model = network.model(params)
+    # Once, not at every token.
+    model = network.model(cast_matrices(params, network.config.dtype))
+    layers = model.unstacked_layers()
 
     def going_on(state: State) -> Array:
         return (state.drawn < until) & ~state.done.all()
@@ -132,7 +134,7 @@ def advance(
         tokens = state.tokens.at[:, state.drawn].set(jnp.where(done, NO_TOKEN, token))
         done = done | (state.drawn + 1 >= limits)
         # A row that is done reads no more: its cache may be full.
-        hidden, caches = model.with_cache(token[:, None], state.caches, (~done).astype(jnp.int32))
+        hidden, caches = model.with_cache(token[:, None], state.caches, (~done).astype(jnp.int32), layers)
         return State(hidden[:, 0], caches, tokens, state.drawn + 1, done)
 
     return lax.while_loop(going_on, one_token, state)

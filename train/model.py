@@ -279,14 +279,34 @@ class LanguageModel(nnx.Module):
         return tuple(attention.init_cache(batch_size, max_length) for _ in range(self.config.num_layers))
 
     def with_cache(
-        self, tokens: Tokens, caches: tuple, lengths: Int32[Array, "B"] | None = None
+        self,
+        tokens: Tokens,
+        caches: tuple,
+        lengths: Int32[Array, "B"] | None = None,
+        layers: list[Layer] | None = None,
     ) -> tuple[Hidden, tuple]:
-        """`hidden` of tokens that continue the caches' sequences; see `NativeSparseAttention`."""
+        """`hidden` of tokens that continue the caches' sequences; see `NativeSparseAttention`.
+
+        `layers` are `unstacked_layers()`: made before a loop that calls this, they are not cut out of the stack in it.
+        """
         x, grown = self.embed(tokens), []
-        for layer, cache in zip(self.unstacked_layers(), caches, strict=True):
-            x, cache = layer.with_cache(x, cache, lengths)
+        for layer, cache in zip(layers or self.unstacked_layers(), caches, strict=True):
+            # All have seen the same tokens: what follows from their number alone is computed once, for all layers.
+            x, cache = layer.with_cache(x, cache._replace(lengths=caches[0].lengths), lengths)
             grown.append(cache)
         return self.norm(x), tuple(grown)
+
+
+def cast_matrices(params: Params, dtype: str) -> Params:
+    """Parameters of which those are in `dtype` that the layers of a model of this dtype cast to it at every call.
+
+    The others are read as they are, such as gated pooling's positions, or are small.
+    """
+
+    def cast(path: tuple[Any, ...], x: Array) -> Array:
+        return x.astype(dtype) if path[-1].key in ("kernel", "bias", "embedding") else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _cross_entropy(logits: Float[Array, "*rows vocab"], targets: Int32[Array, "*rows"]) -> Float[Array, "*rows"]:
