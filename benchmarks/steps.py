@@ -24,7 +24,7 @@ from nsa_jax.testing import assert_as_accurate
 from pallas_kernels import decode_step
 from pallas_kernels.tiles import Tiles
 from train.config import ModelConfig
-from train.model import Network
+from train.model import Network, cast_matrices
 
 L2_BYTES = 50 * 2**20  # of an H100 or H200
 TIMES_L2 = 3  # the problems of a loop read so many times as much
@@ -211,11 +211,13 @@ def compile_model(config: ModelConfig, vocab_size: int, *, batch: int, length: i
     network, steps = Network(config, vocab_size), CALLS_IN_LOOP
 
     def run(params: Any, tokens: Array, caches: Any) -> Any:
-        model = network.model(params)
+        # As `train.generate.advance` does.
+        model = network.model(cast_matrices(params, config.dtype))
+        layers = model.unstacked_layers()
 
         def one(_: Any, carry: Any) -> Any:
             tokens, caches = carry
-            hidden, caches = model.with_cache(tokens, caches)
+            hidden, caches = model.with_cache(tokens, caches, None, layers)
             return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32), caches
 
         tokens, grown = lax.fori_loop(0, steps, one, (tokens, caches))
