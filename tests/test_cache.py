@@ -13,7 +13,7 @@ from jax import lax
 from nsa_jax import KeyValue, NativeSparseAttention, NSACache, NSAConfig
 from nsa_jax import cache as cache_module
 from nsa_jax.compression import COMPRESSIONS
-from nsa_jax.testing import SMALL, assert_as_accurate
+from nsa_jax.testing import SMALL
 from tests.programs import QUICK
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -239,13 +239,15 @@ def test_a_cache_of_lower_precision():
 
 
 def test_a_layer_in_float16():
-    """Token by token it is as accurate as the uncached layer."""
+    """Token by token it gives what the uncached layer gives in float16, up to one rounding of the largest output."""
     module = make("mean", config=SMALL, dtype=jnp.float16)
     chunks = text().transpose(1, 0, 2)[:, :, None]
     out, cache = roll(module, chunks, module.init_cache(BATCH, LENGTH), jnp.ones((LENGTH, BATCH), jnp.int32))
     assert {array.dtype for array in jax.tree.leaves(cache)} == {jnp.dtype(jnp.float16), jnp.dtype(jnp.int32)}
-    in_order = out[:, :, 0].transpose(1, 0, 2)
-    assert_as_accurate(in_order, jnp.asarray(uncached(module)), uncached(make("mean", config=SMALL)))
+    expected = uncached(module).astype(np.float32)
+    assert out.dtype == jnp.float16
+    atol = float(jnp.finfo(jnp.float16).eps) * np.abs(expected).max()
+    np.testing.assert_allclose(out[:, :, 0].transpose(1, 0, 2).astype(np.float32), expected, rtol=0, atol=atol)
 
 
 def size_of(tree):
