@@ -120,8 +120,7 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_is_attention_at_every_length(name):
     case = STEPS[name]
-    lengths = list(range(case.keys - case.queries + 1, case.keys + 1))
-    inputs = make_inputs(case)
+    inputs, lengths = make_inputs(case), list(range(case.keys - case.queries + 1, case.keys + 1))
     wanted = exact(case, inputs, lengths)
     assert_as_accurate(decode(case, inputs, lengths), jnp.asarray(wanted, jnp.float32), wanted)
 
@@ -197,7 +196,7 @@ def test_vmap_is_a_loop():
 
 
 def test_a_planted_fault_is_found(monkeypatch):
-    """Of those that could be, the one that shows least: it changes which blocks are chosen, and nothing else."""
+    """By the comparison with loops. It changes which blocks are chosen, and nothing else: no other would show less."""
     inputs, wanted = plain()
     monkeypatch.setattr(decode_attention, "outside_units", lambda place, units, shared: jnp.zeros(place.shape))
     found = decode(PLAIN, inputs, EVERY, unread=0.0)
