@@ -29,7 +29,7 @@ from train.model import LanguageModel, Network
 from train.tokenizer import ByteTokenizer
 
 pytest_plugins = ["tests.tiny_fixtures"]
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
 
 GREEDY = Sampling(temperature=0)
 VOCAB = 50
