@@ -5,6 +5,7 @@ All lengths are one batch, each sequence a cache of its own, with NaN wherever t
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,11 @@ from nsa_jax import KeyValue, NSAConfig
 from nsa_jax.ops import IMPLEMENTATIONS
 from nsa_jax.testing import CASES, SMALL, Case, assert_as_accurate, make_inputs
 from pallas_kernels import decode_attention, tiles
-from pallas_kernels.flash import Ranges, Tile
-from pallas_kernels.positions import compressed_ranges
+from pallas_kernels.flash import Tile
 from tests import oracle
 from tests.posed import ring_of
 from tests.programs import QUICK
-from tests.test_lowering import for_cuda, verified_kernels
+from tests.test_lowering import for_cuda, read_kernels, verified_kernels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
 
@@ -34,6 +34,10 @@ TILES = dataclasses.replace(
     decode_programs=999,
     decode_selected_programs=999,
 )
+
+
+# What tests put something else in place of.
+PATCHED = ("MAX_SPLITS", "HELD_SCORES", "JOINED", "outside_units")
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +53,7 @@ def caches(case: Case, inputs, lengths, *, unread=np.nan):
     def until(pair, ends):
         end = np.asarray(ends)[:, None, None, None]
         rows = np.arange(pair.key.shape[1])[None, :, None, None]
-        return KeyValue(*(jnp.where(rows < end, x, unread).astype(x.dtype) for x in pair))
+        return KeyValue(*(jnp.asarray(np.where(rows < end, x, np.asarray(unread, x.dtype))) for x in pair))
 
     counts = [case.config.num_compressed(length) for length in lengths]
     window = jax.tree.map(lambda x: np.broadcast_to(x, (len(lengths), *x.shape[1:])), inputs.window)
@@ -57,13 +61,29 @@ def caches(case: Case, inputs, lengths, *, unread=np.nan):
     return until(inputs.compressed, counts), until(inputs.selected, lengths), ring
 
 
-def decode(case: Case, inputs, lengths, **options):
-    """The step at each of the lengths; the text's queries are those of its last `case.queries` positions."""
+def kernels(case: Case):
+    """The step as one program for each shape; it knows what a test has patched."""
+    patched = tuple(getattr(decode_attention, name) for name in PATCHED)
+    return _kernels(case.config, case.head_dim**-0.5, patched)
+
+
+@functools.cache
+def _kernels(config: NSAConfig, scale: float, patched: tuple):
+    more = dict(config=config, scale=scale, tiles=TILES, interpret=True)
+    # A partial of its own, so that jax remembers no trace of it with other values.
+    return jax.jit(functools.partial(pallas_kernels.decode_step, **more), compiler_options=QUICK)
+
+
+def at(case: Case, inputs, lengths):
+    """Query and gates at each of the lengths; the text's queries are those of its last `case.queries` positions."""
     rows = np.asarray(lengths) - 1 - (case.keys - case.queries)
-    query, gates = (x[0, rows][:, None] for x in (inputs.query, inputs.gates))
-    more = dict(config=case.config, scale=case.head_dim**-0.5, tiles=TILES, interpret=True)
-    run = jax.jit(functools.partial(pallas_kernels.decode_step, **more), compiler_options=QUICK)
-    return run(query, *caches(case, inputs, lengths, **options), gates, jnp.asarray(lengths, jnp.int32))
+    return (jnp.asarray(np.asarray(x)[0, rows][:, None]) for x in (inputs.query, inputs.gates))
+
+
+def decode(case: Case, inputs, lengths, **options):
+    """The step at each of the lengths."""
+    query, gates = at(case, inputs, lengths)
+    return kernels(case)(query, *caches(case, inputs, lengths, **options), gates, jnp.asarray(lengths, jnp.int32))
 
 
 def exact(case: Case, inputs, lengths):
@@ -73,12 +93,23 @@ def exact(case: Case, inputs, lengths):
     return oracle.attention(*inputs[:5], selected_blocks=blocks, **where)[0, rows][:, None]
 
 
+PLAIN = dataclasses.replace(CASES["plain"], batch=1, queries=130, keys=130)
+EVERY = list(range(1, 131))  # its lengths: all tests of it run one program
+
+
+@functools.cache
+def plain():
+    """Its inputs, and what loops make of them."""
+    inputs = make_inputs(PLAIN)
+    return inputs, exact(PLAIN, inputs, EVERY)
+
+
 STEPS = {
-    "plain": dataclasses.replace(CASES["plain"], batch=1, queries=130, keys=130),
-    **{
-        name: CASES[name] for name in ("shorter_than_compress_block", "odd_length", "group_5", "group_16", "long_block")
-    },
-    **{name: CASES[name] for name in ("no_overlap", "deep_overlap", "more_slots_than_blocks", "many_forced")},
+    "plain": PLAIN,
+    **{name: CASES[name] for name in ("shorter_than_compress_block", "odd_length", "group_5", "long_block")},
+    **{name: CASES[name] for name in ("no_overlap", "deep_overlap", "more_slots_than_blocks")},
+    # A program holds 32 rows.
+    "group_20": dataclasses.replace(CASES["group_16"], heads=20),
     "nothing_forced_window_1": Case(
         config=dataclasses.replace(SMALL, num_initial=0, num_local=0, num_selected=2, window=1)
     ),
@@ -96,87 +127,79 @@ def test_a_step_is_attention_at_every_length(name):
 
 @pytest.mark.parametrize("name, dtype", [("head_sizes_differ", "float16"), ("odd_length", "bfloat16")])
 def test_in_16_bits_it_is_as_accurate_as_the_reference(name, dtype):
-    """As `xla` decodes; gates may be wider. Every length alone has the bits that it has among others."""
+    """As `xla` decodes; gates may be wider."""
     case = CASES[name]
     inputs, lengths = make_inputs(case, dtype=dtype), [1, 8, 21, 33, case.keys]
     if dtype == "bfloat16":
         inputs = inputs._replace(gates=inputs.gates.astype(jnp.float32))
-    rows = np.asarray(lengths) - 1
-    inexact = IMPLEMENTATIONS["xla"].decode_step(
-        inputs.query[0, rows][:, None],
-        *caches(case, inputs, lengths, unread=0.0),
-        inputs.gates[0, rows][:, None],
-        jnp.asarray(lengths, jnp.int32),
-        config=case.config,
-        scale=case.head_dim**-0.5,
-    )
-    got = decode(case, inputs, lengths)
-    assert_as_accurate(got, inexact, exact(case, inputs, lengths))
-    alone = decode(case, inputs, lengths[2:3])
-    np.testing.assert_array_equal(np.asarray(alone[0], np.float32), np.asarray(got[2], np.float32))
+    more = dict(config=case.config, scale=case.head_dim**-0.5)
+    reference = jax.jit(functools.partial(IMPLEMENTATIONS["xla"].decode_step, **more))
+    query, gates = at(case, inputs, lengths)
+    arrays = caches(case, inputs, lengths, unread=0.0)
+    inexact = reference(query, *arrays, gates, jnp.asarray(lengths, jnp.int32))
+    assert_as_accurate(decode(case, inputs, lengths), inexact, exact(case, inputs, lengths))
+
+
+def with_blocks(inputs, read):
+    """Caches at every length, of whose blocks those that `read` `[lengths, K, blocks]` does not name are NaN."""
+    compressed, selected, window = caches(PLAIN, inputs, EVERY)
+    tokens = read[:, :, np.arange(130) // SMALL.select_block].swapaxes(1, 2)
+    unread = np.float32(np.nan)
+    return compressed, jax.tree.map(lambda x: jnp.asarray(np.where(tokens[..., None], x, unread)), selected), window
 
 
 def test_blocks_that_are_not_chosen_are_not_read():
-    case = dataclasses.replace(CASES["plain"], batch=1, queries=1, keys=130, query_start=129)
-    inputs = make_inputs(case)
-    where = dict(config=case.config, query_start=129)
-    blocks = oracle.select_blocks(inputs.query, inputs.compressed.key, num_keys=130, **where)
-    chosen = (blocks[0, 0, :, :, None] == np.arange(130) // SMALL.select_block).any(axis=1)  # [K, tokens]
-    assert chosen.sum(axis=1).tolist() == [50, 50]  # the last block has two tokens
-    wanted = exact(case, inputs, [130])
-    selected = jax.tree.map(lambda x: jnp.where(chosen.T[None, :, :, None], x, jnp.nan), inputs.selected)
-    assert_as_accurate(
-        decode(case, inputs._replace(selected=selected), [130]), jnp.asarray(wanted, jnp.float32), wanted
-    )
+    inputs, wanted = plain()
+    blocks = oracle.select_blocks(inputs.query, inputs.compressed.key, num_keys=130, config=SMALL)[0]
+    chosen = (blocks[..., None] == np.arange(9)).any(axis=2)
+    assert chosen[-1].sum(axis=1).tolist() == [4, 4]
+    query, gates = at(PLAIN, inputs, EVERY)
+    out = kernels(PLAIN)(query, *with_blocks(inputs, chosen), gates, jnp.asarray(EVERY, jnp.int32))
+    assert_as_accurate(out, jnp.asarray(wanted, jnp.float32), wanted)
 
 
 def test_lengths_of_nothing_and_of_too_much_give_numbers():
-    case = CASES["plain"]
-    inputs, lengths = make_inputs(dataclasses.replace(case, batch=1)), [0, 70, 71, 99]
-    arrays = caches(case, inputs, [0, 70, 70, 70], unread=0.0)
-    query, gates = (jnp.broadcast_to(x[:, -1:], (4, 1, *x.shape[2:])) for x in (inputs.query, inputs.gates))
-    more = dict(config=case.config, scale=0.25, tiles=TILES, interpret=True)
-    run = jax.jit(functools.partial(pallas_kernels.decode_step, **more), compiler_options=QUICK)
-    out = run(query, *arrays, gates, jnp.asarray(lengths, jnp.int32))
-    assert np.isfinite(out).all() and not np.any(out[0])
+    inputs, _ = plain()
+    lengths = np.resize([0, 130, 131, 159], 130)
+    arrays = caches(PLAIN, inputs, np.minimum(lengths, 130).tolist(), unread=0.0)
+    query, gates = at(PLAIN, inputs, np.full(130, 130))
+    out = kernels(PLAIN)(query, *arrays, gates, jnp.asarray(lengths, jnp.int32))
+    assert np.isfinite(out).all() and not np.any(out[::4])
 
 
 def test_ties_go_to_the_lower_index():
-    """All scores but the forced blocks' are tied: of 13 blocks 0, 11 and 12 are forced, the fourth is block 1."""
-    case = Case(config=SMALL, queries=5, keys=200)
-    inputs = make_inputs(case)
+    """All scores but the forced blocks' are tied: at 130 tokens, of nine blocks 0, 7 and 8 are forced, and block 1 is read."""
+    inputs, _ = plain()
     inputs = inputs._replace(compressed=jax.tree.map(jnp.zeros_like, inputs.compressed))
-    block = np.arange(200) // SMALL.select_block
-    read = np.isin(block, [0, 1, 11, 12])[None, :, None, None]
-    selected = jax.tree.map(lambda x: jnp.where(read, x, jnp.nan), inputs.selected)
-    assert np.isfinite(decode(case, inputs._replace(selected=selected), [200])).all()
+    own, block = (np.asarray(EVERY)[:, None] - 1) // SMALL.select_block, np.arange(9)[None, :]
+    read = (block <= 1) | ((block <= own) & (block >= own - 1))
+    query, gates = at(PLAIN, inputs, EVERY)
+    cache = with_blocks(inputs, np.broadcast_to(read[:, None], (130, 2, 9)))
+    assert np.isfinite(kernels(PLAIN)(query, *cache, gates, jnp.asarray(EVERY, jnp.int32))).all()
 
 
-# Planted faults: each must be seen by the comparison with the loops.
+def test_vmap_is_a_loop():
+    """Over everything: sequences on two axes instead of one. Over the gates alone: all else is the same for each."""
+    inputs, wanted = plain()
+    step, (query, gates) = kernels(PLAIN).__wrapped__, at(PLAIN, inputs, EVERY)
+    cache, lengths = caches(PLAIN, inputs, EVERY), jnp.asarray(EVERY, jnp.int32)
+    arrays = jax.tree.map(np.asarray, (query, *cache, gates, lengths))
+    halves = jax.tree.map(lambda x: x.reshape(2, 65, *x.shape[1:]), arrays)
+    out = np.asarray(jax.jit(jax.vmap(step), compiler_options=QUICK)(*halves))
+    assert_as_accurate(jnp.asarray(out.reshape(wanted.shape)), jnp.asarray(wanted, jnp.float32), wanted)
+    several = np.stack([gates, 1 - np.asarray(gates)])
+    over_gates = jax.vmap(lambda gates: step(query, *cache, gates, lengths))
+    found = jax.jit(over_gates, compiler_options=QUICK)(several)
+    for got, gates in zip(found, several, strict=True):
+        one = kernels(PLAIN)(query, *cache, gates, lengths)
+        assert_as_accurate(got, one, one)
 
 
-def short_ring(where, *, config):
-    return Ranges(jnp.zeros_like(where.last), jnp.minimum(where.last + 1, config.window - 1))
-
-
-def early_compressed_token(where, *, config):
-    return compressed_ranges(where._replace(last=where.last + 1), config=config)
-
-
-FAULTS = [
-    ("ring_ranges", short_ring),
-    ("compressed_ranges", early_compressed_token),
-    ("outside_units", lambda place, units, shared: jnp.zeros(place.shape)),
-]
-
-
-@pytest.mark.parametrize("name, wrong", FAULTS, ids=[name for name, _ in FAULTS])
-def test_planted_faults_are_found(name, wrong, monkeypatch):
-    case = dataclasses.replace(CASES["plain"], batch=1, queries=60, keys=200, query_start=140)
-    inputs, lengths = make_inputs(case), list(range(141, 201))
-    wanted = exact(case, inputs, lengths)
-    monkeypatch.setattr(decode_attention, name, wrong)
-    found = decode(case, inputs, lengths, unread=0.0)
+def test_a_planted_fault_is_found(monkeypatch):
+    """By the comparison with loops. It changes which blocks are chosen, and nothing else: no other would show less."""
+    inputs, wanted = plain()
+    monkeypatch.setattr(decode_attention, "outside_units", lambda place, units, shared: jnp.zeros(place.shape))
+    found = decode(PLAIN, inputs, EVERY, unread=0.0)
     with pytest.raises(AssertionError, match=r"result: error"):
         assert_as_accurate(found, jnp.asarray(wanted, jnp.float32), wanted)
 
@@ -211,6 +234,25 @@ def test_sizes_of_models_lower_for_cuda(group, size, value_size):
     assert verified_kernels(program) == 3
     for name in ("compressed", "choice", "selected"):
         assert f"nsa_decode_{name}" in program.as_text()
+
+
+@pytest.mark.parametrize("length", [1, 2**16])
+def test_what_a_program_stores_is_published_before_it_arrives(length):
+    """All of its threads meet between the last store of a partial result and the addition; the counter stays in place."""
+    sizes = dict(kv_heads=4, group=16, size=128, value_size=128, dtype="bfloat16")
+    *_, kernel = read_kernels(lowered(NSAConfig(), batch=24, length=length, **sizes))
+    assert kernel.name == "nsa_decode_selected"
+    lines = kernel.text.splitlines()
+    [barrier] = [i for i, line in enumerate(lines) if re.fullmatch(r" {4}(gpu|ttg)\.barrier.*", line)]
+    [arrival] = [i for i, line in enumerate(lines) if " = tt.atomic_rmw " in line]
+    assert re.match(r" {4}%\d+ = tt.atomic_rmw add, acq_rel, gpu, ", lines[arrival])
+    stores = [i for i, line in enumerate(lines) if "tt.store" in line]
+    loads = [i for i, line in enumerate(lines) if "tt.load" in line]
+    assert min(stores) < barrier < arrival < max(stores)
+    assert not any(barrier < i < arrival for i in stores + loads)
+    # The last operand is the second output.
+    arguments = kernel.text.split("\n")[1].count("!tt.ptr")
+    assert kernel.aliases == [(arguments - 5, 1)]
 
 
 CONFIGS = [

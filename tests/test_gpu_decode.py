@@ -130,6 +130,76 @@ def test_one_step_at_the_sizes_of_models(dtype: str, group: int, size: int, valu
     assert np.asarray(actual).tobytes() == np.asarray(again).tobytes()
 
 
+@pytest.mark.parametrize("batch", [24, 1])
+def test_steps_in_a_scan_do_not_see_each_other(batch: int):
+    """Of two problems in turn each output has the bits of a single call: none was joined early, or of what another left."""
+    case = Case(PAPER, batch=batch, queries=2, keys=5000, heads=32, kv_heads=2, head_dim=128, value_head_dim=128)
+    inputs = make_inputs(case, dtype="bfloat16")
+    # They differ in how much they read as well.
+    lengths = jnp.asarray([[5000 - 7 * b, 61 + 150 * b] for b in range(batch)], jnp.int32)
+    window = jax.tree.map(lambda x: x[:, : PAPER.window], inputs.window)
+    cache = dict(compressed=inputs.compressed, selected=inputs.selected, window=window)
+    problems = jax.tree.map(lambda x: jnp.stack([x[:, :1], x[:, 1:]]), (inputs.query, inputs.gates))
+
+    problems = (*problems, lengths.T)
+
+    @jax.jit
+    def single(i, cache, problems):
+        query, gates, lengths = jax.tree.map(lambda x: x[i], problems)
+        return ops.decode_step(query, **cache, gates=gates, lengths=lengths, config=PAPER, implementation="pallas")
+
+    @jax.jit
+    def in_turn(cache, problems):
+        return lax.scan(lambda _, i: (None, single(i, cache, problems)), None, jnp.arange(200) % 2)[1]
+
+    alone = [np.asarray(single(i, cache, problems)).view(np.uint16) for i in (0, 1)]
+    assert (alone[0] != alone[1]).mean() > 0.5
+    found = np.asarray(in_turn(cache, problems)).view(np.uint16)
+    np.testing.assert_array_equal(found, np.stack(alone * 100))
+
+
+@nnx.jit
+def step(layer, x, cache, lengths=None):
+    return layer(x, cache=cache, lengths=lengths)
+
+
+def test_a_prompt_in_three_chunks():
+    kernels, _, wide = layers("float32")
+    x = text()
+    cache, outs = kernels.init_cache(BATCH, LENGTH), []
+    for chunk in jnp.split(x, [37, 101], axis=1):  # within a compressed token, a block and the window
+        out, cache = step(kernels, chunk, cache)
+        outs.append(out)
+    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole(wide, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_tokens_beyond_max_length_are_dropped(size: int):
+    """max_length 12: sequence 1 holds 10 and loses its 13th token and the next; the others lose nothing."""
+    kernels, _, wide = layers("float32")
+    x, lengths = text(16), [2, 10, 5]
+    expected = whole(wide, x)
+
+    def filled(lengths):
+        return step(kernels, x[:, :12], kernels.init_cache(BATCH, 12), jnp.asarray(lengths, jnp.int32))[1]
+
+    cache, outs = filled(lengths), []
+    news = jnp.stack([x[b, length : length + 4] for b, length in enumerate(lengths)])
+    for chunk in jnp.split(news, 4 // size, axis=1):
+        out, cache = step(kernels, chunk, cache)
+        outs.append(out)
+    out = np.concatenate(outs, axis=1)
+    for b, length in enumerate(lengths):
+        room = min(4, 12 - length)
+        np.testing.assert_allclose(out[b, :room], expected[b, length : length + room], rtol=1e-4, atol=1e-4)
+        assert np.isnan(out[b, room:]).all() and (b == 1 or room == 4)
+    np.testing.assert_array_equal(cache.lengths, [6, 14, 9])
+    # The tokens that were lost were not written anywhere.
+    full = filled([6, 12, 9])
+    for got, want in zip(jax.tree.leaves(cache[:2]), jax.tree.leaves(full[:2]), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_donated_cache_is_written_in_place(dtype: str):
     """In the compiled program every array of the cache is one of the grown cache, and no temporary is as large."""

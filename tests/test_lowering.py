@@ -7,7 +7,7 @@ import sys
 import types
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -20,6 +20,7 @@ from nsa_jax.testing import CASES, Case, make_inputs
 from jax._src import mesh as mesh_lib  # isort: skip
 from jax._src.interpreters import mlir  # isort: skip
 from jax._src.lib.mlir import ir  # isort: skip
+from jax._src.lib.mlir.dialects import hlo  # isort: skip
 from jax._src.lib.triton import dialect as triton  # isort: skip
 
 
@@ -60,22 +61,38 @@ def lowered(case: Case, dtype: str) -> str:
     return program.as_text()
 
 
-def verified_kernels(program: jax.stages.Lowered) -> int:
-    """The number of kernels in a program; each is read and verified as XLA will do it, before it compiles them."""
-    kernels = []
+class Kernel(NamedTuple):
+    name: str
+    text: str  # in Triton's dialect
+    aliases: list[tuple[int, int]]  # which operand an output is: their indices
+
+
+def read_kernels(program: jax.stages.Lowered) -> list[Kernel]:
+    """The kernels in a program; each is read and verified as XLA will do it, before it compiles them."""
+    calls, kernels = [], []
 
     def visit(operation: Any) -> Any:
         if "call_target_name" in operation.attributes and operation.attributes["call_target_name"].value == TARGET:
-            kernels.append(operation.attributes["mhlo.backend_config"]["ir"].value_bytes)
+            calls.append(operation.attributes)
         return ir.WalkResult.ADVANCE
 
     program.compiler_ir().operation.walk(visit)
-    for kernel in kernels:
+    for call in calls:
+        config = call["mhlo.backend_config"]
+        aliases = [hlo.OutputOperandAlias(alias) for alias in call["output_operand_aliases"]]
+        aliases = [(alias.operand_index, *alias.output_tuple_indices) for alias in aliases]
         with ir.Context() as context:
             triton.register_dialect(context)
             context.append_dialect_registry(mlir.upstream_dialects)
-            assert ir.Module.parse(kernel).operation.verify()
-    return len(kernels)
+            module = ir.Module.parse(config["ir"].value_bytes)
+            assert module.operation.verify()
+            kernels.append(Kernel(config["name"].value, str(module), aliases))
+    return kernels
+
+
+def verified_kernels(program: jax.stages.Lowered) -> int:
+    """How many kernels are in a program; each is verified."""
+    return len(read_kernels(program))
 
 
 def assert_is_in_kernels(program: str, case: Case) -> None:
