@@ -17,6 +17,8 @@ if CHECKED:
     jaxtyping.install_import_hook(["nsa_jax", "pallas_kernels", "train"], f"{__name__}.typechecker")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many objects and little garbage.
+gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_report_header() -> str:

@@ -125,6 +125,8 @@ FORWARD_ONLY = {
     "query_start",
     "query_start_per_sequence",
     "segments_aligned",
+    "deep_overlap",
+    "one_query_late",
 }
 # Of the two ways through the selected branch, by query and by block, each meets what it treats in its own way.
 GO_BY_BLOCK = {
@@ -173,7 +175,6 @@ FORCED = (
 )
 FORCED_FOR_SEVERAL = ("segments_unaligned", "many_forced", "query_start_per_sequence")
 FORCED_BY_BLOCK = ("group_5", "more_slots_than_blocks", "segments_aligned")
-FORCED_WITH_GRADIENTS = ("segments_unaligned",)
 
 
 @pytest.mark.parametrize("name", FORCED)
@@ -183,7 +184,7 @@ def test_forced_blocks_are_read_apart(name, cut_small):
     problem = pose(CASES[name])
     inputs, _, cotangent = problem.arguments
     implementation = BY_QUERY if name in FORCED_FOR_SEVERAL else BY_BLOCK if name in FORCED_BY_BLOCK else ONE_QUERY
-    run = program(problem.case, implementation, gradients=name in FORCED_WITH_GRADIENTS)
+    run = program(problem.case, implementation, gradients=False)  # of these tests/test_kernel_edges.py has some
     assert ("nsa_selected_forced" in str(run.trace(inputs, None, cotangent).jaxpr)) == (name != "nothing_forced")
     assert_solves(run(inputs, None, cotangent), problem)
     unread = [~mask for mask in read_keys(problem)]
@@ -277,13 +278,16 @@ def no_deltas(dout, outs):
     return tuple(jnp.zeros_like(delta) for delta in deltas(dout, outs))
 
 
-KERNEL_FAULTS = [(flash, "over_tiles", unmasked_edges, 0), (range_attention, "deltas", no_deltas, 1)]
+KERNEL_FAULTS = [
+    (flash, "over_tiles", unmasked_edges, "odd_length", 0),
+    (range_attention, "deltas", no_deltas, "shorter_than_compress_block", 1),
+]
 
 
-@pytest.mark.parametrize(("module", "name", "wrong", "where"), KERNEL_FAULTS, ids=[x[1] for x in KERNEL_FAULTS])
-def test_planted_faults_in_kernels_are_found(module, name, wrong, where, monkeypatch):
+@pytest.mark.parametrize(("module", "name", "wrong", "case", "where"), KERNEL_FAULTS, ids=[x[1] for x in KERNEL_FAULTS])
+def test_planted_faults_in_kernels_are_found(module, name, wrong, case, where, monkeypatch):
     """In the output, or in gradients alone."""
-    problem = pose(CASES["odd_length"])
+    problem = pose(CASES[case])
     monkeypatch.setattr(module, name, wrong)
     actual = program(problem.case, BY_BLOCK, gradients=where == 1)(*problem.arguments)
     with pytest.raises(AssertionError, match=rf"\[{where}\].*: error"):

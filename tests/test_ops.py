@@ -206,13 +206,13 @@ def test_the_table_alone_decides_what_runs(recorded):
 
 
 def test_blocks_of_the_caller_are_read_instead_of_the_selection(recorded):
-    """Brought to their form at the door: row 0 stands in block 4, row 1 in block 2."""
+    """Brought to their form at the door, of 5 blocks: row 0 stands in block 4, row 1 in block 2."""
     blocks = jnp.asarray([4, -1, 0, 4, 9, 3], jnp.int32)
     attend(CASE, make_inputs(CASE), selected_blocks=jnp.broadcast_to(blocks[None, None, None], (2, 1, 2, 6)))
     [(name, arguments)] = recorded
     assert name == "attend"
-    np.testing.assert_array_equal(arguments["blocks"][0], [[[0, 3, 4, -1, -1, -1]] * 2])
-    np.testing.assert_array_equal(arguments["blocks"][1], [[[0, -1, -1, -1, -1, -1]] * 2])
+    np.testing.assert_array_equal(arguments["blocks"][0], [[[0, 3, 4, -1, -1]] * 2])
+    np.testing.assert_array_equal(arguments["blocks"][1], [[[0, -1, -1, -1, -1]] * 2])
 
 
 # One query a sequence.
