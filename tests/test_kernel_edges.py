@@ -19,6 +19,7 @@ from tests.test_lowering import for_cuda, verified_kernels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
 
+# By block with the rule's tile, whose rows are more than most lists have queries: those too many write nowhere.
 TINY = Case(heads=2, kv_heads=1, head_dim=8, value_head_dim=8)
 
 
@@ -81,13 +82,6 @@ def test_a_block_that_one_program_cannot_hold():
     case = dataclasses.replace(TINY, config=NSAConfig(16, 16, 32, 2, 0, 1, 16), queries=50, keys=50)
     assert not goes_by_block(narrow, case.config)
     assert_same(case, make_inputs(case), kernels(case, tiles=narrow), public(case, "xla"))
-
-
-def test_lists_shorter_than_a_tile_by_block():
-    """The rule's tile has more rows than most of these lists: those that it has too many write nowhere."""
-    assert tiles.rule("float32", 8, 8, 2).by_block
-    config = dataclasses.replace(SMALL, num_selected=3, num_local=1)
-    assert_agree(dataclasses.replace(TINY, config=config, queries=40, keys=40))
 
 
 def test_queries_past_the_last_key_have_finite_gradients():
