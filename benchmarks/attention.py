@@ -67,7 +67,7 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
     from benchmarks.problems import Shape
     from benchmarks.record import ROOT, gpu, new_record, save, slug
     from benchmarks.report import break_even, points, report, summary
-    from benchmarks.timing import compile_all
+    from benchmarks.timing import compile_groups
     from nsa_jax import NSAConfig
 
     o, kinds = options, options.kinds()
@@ -86,14 +86,14 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
         print("--peer: fla-core's NSA computes something else:", *(f"  - {line}" for line in peer.DIFFERS), sep="\n")
 
     plans = [(shape, length) for shape in shapes for length in sorted(o.lengths)]
-    programs: dict[str, Any] = {}
-    for number, (shape, length) in enumerate(plans):
-        jobs = one_length.jobs(shape, length=length, config=config, with_parts=o.parts)
-        programs |= {f"{number}.{name}": job for name, job in jobs.items()}
-    print(f"{device.device_kind}: {len(programs)} programs to compile", flush=True)
+    programs = {
+        (shape, length): one_length.jobs(shape, length=length, config=config, with_parts=o.parts)
+        for shape, length in plans
+    }
+    print(f"{device.device_kind}: {sum(map(len, programs.values()))} programs to compile", flush=True)
     try:
         with ThreadPoolExecutor(1) as beside:
-            compiling = beside.submit(compile_all, programs)
+            compiling = beside.submit(compile_groups, programs)
             for shape in shapes:
                 print(shape, flush=True)
                 for check in check_kernels(shape, length=max(o.lengths), config=config, kinds=kinds, alike=o.alike):
@@ -101,9 +101,8 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
                     print(f"  correct at {check['length']} tokens, {check['inputs']} inputs", flush=True)
             compiled = compiling.result()
         more: dict[str, Any] = dict(kinds=kinds, alike=o.alike, with_parts=o.parts, with_peer=o.peer)
-        for number, (shape, length) in enumerate(plans):
-            own = {name.removeprefix(f"{number}."): x for name, x in compiled.items() if name.startswith(f"{number}.")}
-            row = one_length.measure_length(own, shape, length=length, config=config, **more)
+        for shape, length in plans:
+            row = one_length.measure_length(compiled[shape, length], shape, length=length, config=config, **more)
             record["results"].append(row)
             print(summary(row), flush=True)
             save(record, path)

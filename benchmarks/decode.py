@@ -69,7 +69,7 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
     from benchmarks.problems import Shape
     from benchmarks.record import ROOT, gpu, new_record, save, slug
     from benchmarks.steps import check_ragged
-    from benchmarks.timing import compile_all
+    from benchmarks.timing import compile_groups
     from nsa_jax import NSAConfig
 
     o, config = options, NSAConfig()
@@ -89,15 +89,10 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
             record["tiles"] = tune(shapes, length=o.lengths[0], config=config, device=device, table=options.json)
             return record
         more: dict[str, Any] = dict(config=config, with_model=o.model)
-        lengths = sorted(o.lengths)
-        programs = {
-            f"{length}.{x}": job for length in lengths for x, job in _jobs(shapes, length=length, **more).items()
-        }
-        print(f"  {len(programs)} programs to compile", flush=True)
-        compiled = compile_all(programs)
-        for length in lengths:
-            own = {x.removeprefix(f"{length}."): y for x, y in compiled.items() if x.startswith(f"{length}.")}
-            for row in measure_length(own, shapes, length=length, **more):
+        programs = {length: _jobs(shapes, length=length, **more) for length in sorted(o.lengths)}
+        print(f"  {sum(map(len, programs.values()))} programs to compile", flush=True)
+        for length, compiled in compile_groups(programs).items():
+            for row in measure_length(compiled, shapes, length=length, **more):
                 record["results"].append(row)
                 print(summary(row), flush=True)
                 save(record, path)
