@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype, Initializer
+from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float
 
 from nsa_jax.config import NSAConfig
@@ -58,6 +58,7 @@ class MeanCompression(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
     ):
         self.config = config
@@ -74,7 +75,7 @@ class LinearCompression(nnx.Module):
     Args:
         size: D, of a token and of its compressed token.
         config: sizes of the block.
-        dtype, param_dtype, kernel_init: as in `flax.nnx.Linear`.
+        dtype, param_dtype, precision, kernel_init: as in `flax.nnx.Linear`.
         rngs: random streams.
     """
 
@@ -86,11 +87,13 @@ class LinearCompression(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
     ):
-        self.blocks = _BlockLinear(
-            size, size, config=config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init
+        kwargs: dict[str, Any] = dict(
+            dtype=dtype, param_dtype=param_dtype, precision=precision, kernel_init=kernel_init
         )
+        self.blocks = _BlockLinear(size, size, config=config, rngs=rngs, **kwargs)
 
     def __call__(self, tokens: Tokens) -> Compressed:
         return self.blocks(tokens)
@@ -105,7 +108,7 @@ class MLPCompression(nnx.Module):
         size: D, of a token and of its compressed token.
         hidden: width between the layers; `2 * size` if None. With l=32, D=128 a hidden layer as wide as the flattened
             block would cost as much as the window branch.
-        config, dtype, param_dtype, kernel_init, rngs: as in `LinearCompression`.
+        config, dtype, param_dtype, precision, kernel_init, rngs: as in `LinearCompression`.
     """
 
     def __init__(
@@ -117,12 +120,15 @@ class MLPCompression(nnx.Module):
         hidden: int | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
     ):
         hidden = 2 * size if hidden is None else hidden
-        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init)
-        self.blocks = _BlockLinear(size, hidden, config=config, **kwargs)
-        self.out = nnx.Linear(hidden, size, **kwargs)
+        kwargs: dict[str, Any] = dict(
+            dtype=dtype, param_dtype=param_dtype, precision=precision, kernel_init=kernel_init
+        )
+        self.blocks = _BlockLinear(size, hidden, config=config, rngs=rngs, **kwargs)
+        self.out = nnx.Linear(hidden, size, rngs=rngs, **kwargs)
 
     def __call__(self, tokens: Tokens) -> Compressed:
         return self.out(jax.nn.gelu(self.blocks(tokens)))
@@ -138,7 +144,7 @@ class GatedPoolCompression(nnx.Module):
 
     Args:
         size: D, of a token and of its compressed token.
-        config, dtype, param_dtype, rngs: as in `LinearCompression`.
+        config, dtype, param_dtype, precision, rngs: as in `LinearCompression`.
         kernel_init: not used: the weights Wg and positions start at zero.
     """
 
@@ -150,13 +156,13 @@ class GatedPoolCompression(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
     ):
         self.config = config
         zeros = nnx.initializers.zeros_init()
-        self.gate = nnx.Linear(
-            size, size, use_bias=False, kernel_init=zeros, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, precision=precision)
+        self.gate = nnx.Linear(size, size, use_bias=False, kernel_init=zeros, rngs=rngs, **kwargs)
         self.position = nnx.Param(jnp.zeros((config.compress_block, size), param_dtype))
 
     def __call__(self, tokens: Tokens) -> Compressed:
@@ -200,9 +206,10 @@ class _BlockLinear(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Dtype | None,
         param_dtype: Dtype,
+        precision: PrecisionLike,
         kernel_init: Initializer,
     ):
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.precision = config, dtype, precision
         self.kernel = nnx.Param(kernel_init(rngs.params(), (config.compress_block * size, out_size), param_dtype))
         positions = nnx.initializers.normal(0.02)
         self.position = nnx.Param(positions(rngs.params(), (config.compress_block, size), param_dtype))
@@ -217,11 +224,14 @@ class _BlockLinear(nnx.Module):
             # Positions added to the one block cost less than the kernel read again for what they give in all.
             units = units + position[None, None, :, None, :]
         kernel = kernel.reshape(num_parts, -1, size, out_size)
-        products = jnp.einsum("busKi,psio->pbuKo", units, kernel)  # u: unit, s: token, p: part
+        products = jnp.einsum(
+            "busKi,psio->pbuKo", units, kernel, precision=self.precision
+        )  # u: unit, s: token, p: part
         out = _sum_parts(list(products), count)
         if count == 1:
             return out
-        return out + jnp.einsum("psi,psio->o", position.reshape(num_parts, -1, size), kernel)[None, None, None, :]
+        position = position.reshape(num_parts, -1, size)
+        return out + jnp.einsum("psi,psio->o", position, kernel, precision=self.precision)[None, None, None, :]
 
 
 def _num_parts(tokens: Tokens, config: NSAConfig) -> int:

@@ -49,7 +49,7 @@ class NativeSparseAttention(nnx.Module):
         implementation: see `nsa_attention`.
         dtype: of the computation; None infers it from x and the parameters.
         param_dtype: of the parameters.
-        precision: of the projections.
+        precision: of the projections and of phi; attention to float32 is always at the highest.
         use_bias: whether query, key, value and output projections have a bias.
         kernel_init, out_kernel_init, bias_init, out_bias_init: initialisers; the `out_` ones default to the others.
         gate_kernel_init, gate_bias_init: of the gates' projection; zeros by default, so that each gate starts at 1/2.
@@ -166,11 +166,9 @@ class NativeSparseAttention(nnx.Module):
             bias_metadata=dict(out_bias_metadata or {}),
             rngs=rngs,
         )
-        phi: dict[str, Any] = dict(
-            config=config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init
-        )
-        self.compress_key = COMPRESSIONS[compression](head_dim, **phi)
-        self.compress_value = COMPRESSIONS[compression](value_head_dim, **phi)
+        phi: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, precision=precision, kernel_init=kernel_init)
+        self.compress_key = COMPRESSIONS[compression](head_dim, config=config, rngs=rngs, **phi)
+        self.compress_value = COMPRESSIONS[compression](value_head_dim, config=config, rngs=rngs, **phi)
         if normalize_qk:
             norm: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             self.query_norm = nnx.RMSNorm(head_dim, **norm)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from nsa_jax import NativeSparseAttention, NSAConfig, ops
@@ -14,6 +15,7 @@ from nsa_jax.compression import COMPRESSIONS
 from nsa_jax.module import rotate
 from nsa_jax.testing import SMALL
 from tests import oracle
+from tests.programs import equations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -535,6 +537,27 @@ def test_calls_that_do_not_fit(shape, arguments, message, unchecked_shapes):
         arguments = {**arguments, "cache": module.init_cache(2, arguments["cache"])}
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda module, x: module(x, **arguments), module, jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("phi", COMPRESSIONS)
+def test_precision_reaches_every_product(phi):
+    """Of projections and phi, of a text and of a token beside a cache; attention's own have it already."""
+
+    def products(precision, length):
+        module = abstract(compression=phi, precision=precision)
+        graph, state = nnx.split(module)
+        cache = None if length > 1 else module.init_cache(1, 12)
+        program = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x, cache=cache))(
+            state, jnp.zeros((1, length, 10))
+        )
+        return [x.params["precision"] for x in equations(program.jaxpr) if x.primitive.name == "dot_general"]
+
+    for length in (12, 1):
+        found, default = products("highest", length), products(None, length)
+        assert set(found) == {(lax.Precision.HIGHEST, lax.Precision.HIGHEST)}
+        # Five projections, and phi of keys and of values, are not attention's.
+        of_phi = {"mean": 0, "linear": 1, "mlp": 2, "gated_pool": 1}[phi] + (length > 1 and phi in ("linear", "mlp"))
+        assert default.count(None) == 5 + 2 * of_phi
 
 
 def test_the_implementation_is_passed_on():
