@@ -5,8 +5,8 @@ which decides how fast the selected kernel is; and how much of full attention's 
 the selected branch's own queries and keys, under full causal attention, give each query a softmax over all tokens up to its
 own; what of it lies in the query's blocks is covered.
 
-A layer is a part of the inspection, see `train.evaluation`: what was measured of it is kept, as the mass takes nearly all of
-the time. What the layers choose is computed at each start.
+A layer is a part of an inspection, see `train.evaluation`: its numbers are kept. A start that goes on runs the layers that are
+done once more, for what they choose and for the input of the next, but does not measure them again.
 """
 
 import dataclasses
