@@ -300,7 +300,7 @@ def generate(
 
 def inspect(
     run: Path,
-    text: Path | None = None,
+    text: str | None = None,
     length: int | None = None,
     beyond_context: bool = False,
     step: int | None = None,
@@ -310,11 +310,13 @@ def inspect(
 
     Draws the blocks that each layer and head selects, its gates, how much neighbours' choices overlap, and how much of
     full attention's mass the selected blocks hold. Writes inspect.html, a page with all of it that opens offline,
-    inspect.json, the numbers, and the figures.
+    inspect.json, the numbers, and the figures. What is done is kept in inspect.parts.jsonl: the same command goes on after
+    an interruption.
 
     Args:
         run: Run folder of a model with attention nsa.
-        text: File with the text; the run's validation text if not given.
+        text: Another text than the run's validation text: "austen", "stdlib", a file, a folder or a glob, and the first
+            document of several.
         length: Tokens to read; the run's context, or as many as there are, if not given.
         beyond_context: Allow a length above the context that the run was trained with.
         step: Checkpoint to read; the last one if not given.
@@ -325,10 +327,19 @@ def inspect(
     from train.runs import load_own_corpus, open_run
 
     opened = open_run(run, step=step)
-    document = load_own_corpus(opened).validation[0] if text is None else load_documents(str(text))[0]
-    source = str(text) if text else f"{opened.config.data.text} (validation: {document.name})"
+    documents = load_own_corpus(opened).validation if text is None else load_documents(text)
+    name = documents[0].name
+    if text is None:
+        source = f"{opened.config.data.text} (validation: {name})"
+    else:
+        source = text if len(documents) == 1 else f"{text} ({name})"
     written = inspect_text(
-        opened, document.text, output or run / "inspect", source=source, length=length, beyond_context=beyond_context
+        opened,
+        documents[0].text,
+        output or run / "inspect",
+        source=source,
+        length=length,
+        beyond_context=beyond_context,
     )
     print("written: " + ", ".join(map(str, written)))
 

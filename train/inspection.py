@@ -4,18 +4,23 @@ Four things are measured: the blocks that its queries select; its gates; how muc
 which decides how fast the selected kernel is; and how much of full attention's mass lies in the selected blocks. The last:
 the selected branch's own queries and keys, under full causal attention, give each query a softmax over all tokens up to its
 own; what of it lies in the query's blocks is covered.
+
+A layer is a part of an inspection, see `train.evaluation`: its numbers are kept. A start that goes on runs the layers that are
+done once more, for what they choose and for the input of the next, but does not measure them again.
 """
 
 import dataclasses
+import functools
+import hashlib
 import itertools
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -23,7 +28,8 @@ from nsa_jax.config import NSAConfig
 from nsa_jax.module import NativeSparseAttention
 from nsa_jax.overlap import UNIONS, mean_unions
 from train import page, plots
-from train.model import Network, Params
+from train.evaluation import Parts, describe_run, write_json
+from train.model import Layer, Network, Params
 from train.runs import Run
 
 # Equal parts of the text in which coverage is reported.
@@ -33,10 +39,10 @@ CHUNK_SCORES = 2**24
 
 
 class Choices(NamedTuple):
-    """Of L layers: the blocks that each query read, and each head's gates, in the mean over the text."""
+    """The blocks that each query read, and each head's gates, in the mean over the text."""
 
-    blocks: Int32[Array, "L T K A"]
-    gates: Float[Array, "L N 3"]
+    blocks: Int32[Array, "*layers T K A"]
+    gates: Float[Array, "*layers N 3"]
 
 
 class Mass(NamedTuple):
@@ -50,41 +56,54 @@ class Mass(NamedTuple):
     best: Float[Array, "*layers N T"]
 
 
+def look_at_layers(
+    network: Network, params: Params, tokens: Int32[Array, "T"]
+) -> Iterator[tuple[Choices, Callable[[], Mass]]]:
+    """Run a model with NSA on one sequence, layer by layer: what each chose, and a function that measures the mass.
+
+    Running a layer and measuring it are a program each, compiled once for all layers.
+    """
+
+    def take(params: Params, index: Array) -> tuple[Layer, NativeSparseAttention]:
+        graph, stacked = nnx.split(network.model(params).layers)
+        layer = nnx.merge(graph, jax.tree.map(lambda x: x[index], stacked))
+        assert isinstance(layer.attention, NativeSparseAttention)
+        return layer, layer.attention
+
+    @jax.jit
+    def choose(params: Params, index: Array, x: Array) -> tuple[Array, Choices]:
+        layer, attention = take(params, index)
+        normed = layer.attention_norm(x)
+        choices = Choices(attention.select_blocks(normed)[0], attention.project(normed).gates[0].mean(axis=0))
+        return layer(x, None), choices
+
+    @jax.jit
+    def measure(params: Params, index: Array, x: Array, blocks: Array) -> Mass:
+        layer, attention = take(params, index)
+        projections = attention.project(layer.attention_norm(x))
+        query, key = projections.query[0], projections.selected.key[0]
+        return covered_mass(query, key, blocks, select_block=attention.config.select_block)
+
+    x = jax.jit(lambda params, tokens: network.model(params).embed(tokens[None]))(params, tokens)
+    for layer in range(network.config.num_layers):
+        index = jnp.int32(layer)
+        out, choices = choose(params, index, x)
+        yield choices, functools.partial(measure, params, index, x, choices.blocks)
+        x = out
+
+
 def look(network: Network, params: Params, tokens: Int32[Array, "T"]) -> Choices:
     """Run a model with NSA on one sequence and keep what its layers chose."""
-
-    def see(attention: NativeSparseAttention, x: Array) -> Choices:
-        return Choices(attention.select_blocks(x)[0], attention.project(x).gates[0].mean(axis=0))
-
-    return _see_layers(network, params, tokens, see)
+    return _stack([choices for choices, _ in look_at_layers(network, params, tokens)])
 
 
 def look_closely(network: Network, params: Params, tokens: Int32[Array, "T"]) -> tuple[Choices, Mass]:
     """`look`, and what full attention would see beside it."""
-
-    def see(attention: NativeSparseAttention, x: Array) -> tuple[Choices, Mass]:
-        projections, blocks = attention.project(x), attention.select_blocks(x)[0]
-        mass = covered_mass(
-            projections.query[0], projections.selected.key[0], blocks, select_block=attention.config.select_block
-        )
-        return Choices(blocks, projections.gates[0].mean(axis=0)), mass
-
-    return _see_layers(network, params, tokens, see)
+    return _stack([(choices, measure()) for choices, measure in look_at_layers(network, params, tokens)])
 
 
-def _see_layers(network: Network, params: Params, tokens: Int32[Array, "T"], see: Callable[..., Any]) -> Any:
-    """What `see(attention, its input)` gives, stacked over the layers."""
-
-    def run(params: Params, tokens: Array) -> Any:
-        model = network.model(params)
-        x, seen = model.embed(tokens[None]), []
-        for layer in model.unstacked_layers():
-            assert isinstance(layer.attention, NativeSparseAttention)
-            seen.append(see(layer.attention, layer.attention_norm(x)))
-            x = layer(x, None)
-        return jax.tree.map(lambda *x: jnp.stack(x), *seen)
-
-    return jax.jit(run)(params, tokens)
+def _stack(layers: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
 
 def covered_mass(
@@ -139,67 +158,77 @@ def covered_mass(
 # ---------------------------------------------------------------------------------------------------------------- numbers
 
 
-def share_read(blocks: Int32[np.ndarray, "L T K A"], select_block: int) -> Float[np.ndarray, "T"]:
-    """Of the tokens up to each query, the share that its blocks hold, in the mean over layers and heads."""
-    position = np.arange(blocks.shape[1])[:, None, None]
+def share_read(blocks: Int32[np.ndarray, "T K A"], select_block: int) -> Float[np.ndarray, "T"]:
+    """Of the tokens up to each query, the share that its blocks hold, in the mean over the heads."""
+    position = np.arange(len(blocks))[:, None, None]
     tokens = np.clip(position - blocks * select_block + 1, 0, select_block)
     read = np.where(blocks >= 0, tokens, 0).sum(axis=-1)
-    return (read / (position[..., 0] + 1)).mean(axis=(0, 2))
+    return (read / (position[..., 0] + 1)).mean(axis=1)
 
 
-def numbers(choices: Choices, mass: Mass, config: NSAConfig) -> dict[str, Any]:
-    """All that `inspect` reports, as JSON has it; what the text is too short for is None.
+def layer_numbers(choices: Choices, mass: Mass, config: NSAConfig) -> dict[str, Any]:
+    """All that `inspect` reports of one layer, as JSON has it; what the text is too short for is None.
 
     `mean_blocks` is what a query reads, less than `num_selected` for the first ones. `covered`, `best` and `share_read` are
     means over the queries that had to choose: those with more candidate blocks than `num_selected`.
     """
     blocks = np.asarray(choices.blocks)
-    length = blocks.shape[1]
-    chooses = np.arange(length) // config.select_block >= config.num_selected
+    length, chooses = len(blocks), _that_choose(len(blocks), config)
     # Means in float64, on the host.
-    selected, best, read = (
-        np.asarray(x, np.float64) for x in (mass.selected, mass.best, share_read(blocks, config.select_block))
+    gates, selected, best, read = (
+        np.asarray(x, np.float64)
+        for x in (choices.gates, mass.selected, mass.best, share_read(blocks, config.select_block))
     )
 
-    def mean(x: np.ndarray, queries: Bool[np.ndarray, "T"]) -> Any:
-        return x[..., queries].mean(axis=-1).tolist() if queries.any() else None
-
-    edges = np.linspace(0, length, min(NUM_PARTS, length) + 1).astype(int).tolist()
-    parts = list(itertools.pairwise(edges))
+    def mean(x: np.ndarray) -> Any:
+        return x[..., chooses].mean(axis=-1).tolist() if chooses.any() else None
 
     def by_position(x: Float[np.ndarray, "T"]) -> list[float]:
-        return [float(x[start:end].mean()) for start, end in parts]
+        return [float(x[start:end].mean()) for start, end in _positions(length)]
 
-    layers = []
-    for layer in range(len(blocks)):
-        unions = {
-            count: np.asarray(mean_unions(choices.blocks[layer][None], count), np.float64).tolist()
-            for count in UNIONS
-            if count <= length
-        }
-        gates = np.asarray(choices.gates[layer], np.float64)
-        layers.append(
-            dict(
-                layer=layer,
-                num_kv_heads=blocks.shape[2],
-                gates={name: gates[:, branch].tolist() for branch, name in enumerate(plots.BRANCH_COLOURS)},
-                mean_union={str(count): unions.get(count) for count in UNIONS},
-                covered=mean(selected[layer], chooses),
-                best=mean(best[layer], chooses),
-                covered_by_position=by_position(selected[layer].mean(axis=0)),
-                best_by_position=by_position(best[layer].mean(axis=0)),
-            )
-        )
+    def union(count: int) -> list[float] | None:
+        return np.asarray(mean_unions(choices.blocks[None], count), np.float64).tolist() if count <= length else None
+
+    return dict(
+        num_kv_heads=blocks.shape[1],
+        gates={name: gates[:, branch].tolist() for branch, name in enumerate(plots.BRANCH_COLOURS)},
+        mean_blocks=float((blocks >= 0).sum(axis=-1).mean()),
+        mean_union={str(count): union(count) for count in UNIONS},
+        covered=mean(selected),
+        best=mean(best),
+        share_read=mean(read),
+        covered_by_position=by_position(selected.mean(axis=0)),
+        best_by_position=by_position(best.mean(axis=0)),
+        share_read_by_position=by_position(read),
+    )
+
+
+def summarize(layers: Sequence[dict[str, Any]], length: int, config: NSAConfig) -> dict[str, Any]:
+    """All that `inspect` reports of a text of `length` tokens, from the `layer_numbers` of each layer."""
+
+    def mean(name: str) -> Any:
+        return np.mean([layer[name] for layer in layers], axis=0).tolist()
+
+    choosing = int(_that_choose(length, config).sum())
     return dict(
         tokens=length,
-        queries_that_choose=int(chooses.sum()),
+        queries_that_choose=choosing,
         first_that_chooses=config.num_selected * config.select_block,
-        share_read=mean(read, chooses),
-        mean_blocks=float((blocks >= 0).sum(axis=-1).mean()),
-        positions=[dict(start=start, end=end) for start, end in parts],
-        share_read_by_position=by_position(read),
-        layers=layers,
+        share_read=mean("share_read") if choosing else None,
+        mean_blocks=mean("mean_blocks"),
+        positions=[dict(start=start, end=end) for start, end in _positions(length)],
+        share_read_by_position=mean("share_read_by_position"),
+        layers=[dict(layer=index) | layer for index, layer in enumerate(layers)],
     )
+
+
+def _that_choose(length: int, config: NSAConfig) -> Bool[np.ndarray, "T"]:
+    return np.arange(length) // config.select_block >= config.num_selected
+
+
+def _positions(length: int) -> list[tuple[int, int]]:
+    """Starts and ends of the parts of the text."""
+    return list(itertools.pairwise(np.linspace(0, length, min(NUM_PARTS, length) + 1).astype(int).tolist()))
 
 
 # --------------------------------------------------------------------------------------------------------------- pictures
@@ -231,7 +260,8 @@ def inspect_text(
     """Measure and draw what a run's layers see in the beginning of a text.
 
     Writes into `folder`: `inspect.html`, a page with all of it that needs no network; `inspect.json`, the numbers; and the
-    pictures, `selected_blocks.png`, `blocks_layer_00.png`, ..., `gates.png`, `unions.png`, `coverage.png`.
+    pictures, `selected_blocks.png`, `blocks_layer_00.png`, ..., `gates.png`, `unions.png`, `coverage.png`. What is done is
+    kept in `inspect.parts.jsonl`.
 
     Args:
         run: with attention "nsa".
@@ -246,14 +276,29 @@ def inspect_text(
 
     Raises:
         ValueError: the run's attention is not "nsa", or the text or the context has fewer tokens than `length`.
+        Interrupted: by Ctrl-C, after the layers that were measured are kept.
     """
     tokens = _beginning(run, text, length=length, beyond_context=beyond_context)
-    choices, mass = look_closely(run.network, run.params, tokens)
     config = run.config.model.nsa
-    found = numbers(choices, mass, config)
+    settings = dict(
+        run=describe_run(run),
+        text=source,
+        tokens=len(tokens),
+        tokens_sha256=hashlib.sha256(np.asarray(tokens).tobytes()).hexdigest(),
+    )
 
+    def measure_layer(choices: Choices, measure: Callable[[], Mass]) -> dict[str, Any]:
+        return layer_numbers(choices, measure(), config)
+
+    seen, layers = [], []
+    with Parts(folder, "inspect", settings, total=run.config.model.num_layers) as parts:
+        for layer, (choices, measure) in enumerate(look_at_layers(run.network, run.params, tokens)):
+            seen.append(choices)
+            layers.append(parts(f"layer {layer}", measure_layer, choices, measure))
+    found = summarize(layers, len(tokens), config)
+
+    choices = _stack(seen)
     figures = _draw_choices(run, choices, folder)
-    blocks = np.asarray(choices.blocks)
     per_layer = [
         plots.head_choices(
             each,
@@ -263,7 +308,7 @@ def inspect_text(
             num_local=config.num_local,
             title=f"layer {layer}",
         )
-        for layer, each in enumerate(blocks)
+        for layer, each in enumerate(np.asarray(choices.blocks))
     ]
     unions = {
         count: [layer["mean_union"][str(count)] for layer in found["layers"]]
@@ -285,8 +330,7 @@ def inspect_text(
     about = dict(
         run=str(run.folder), step=run.step, text=source, context=run.config.context, nsa=dataclasses.asdict(config)
     )
-    written = folder / "inspect.json"
-    written.write_text(json.dumps(about | found, indent=1) + "\n")
+    written = write_json(folder / "inspect.json", about | found)
     html = page.write_inspection(folder / "inspect.html", about | found, figures, per_layer)
     return [html, written, *figures, *per_layer]
 

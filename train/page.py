@@ -81,10 +81,10 @@ def write_inspection(
         )
     else:
         chooses = (
-            f"No query has to choose: the text has {found['tokens']} tokens, and up to position "
+            f"No query has to choose: the text has {found['tokens']} tokens, and before position "
             f"{found['first_that_chooses']} a query reads all of its blocks."
         )
-    title = f"What the attention of {html.escape(Path(found['run']).name)} reads"
+    title = f"What the attention of {html.escape(Path(found['run']).resolve().name)} reads"
     beyond = " (more than the context that it was trained with)" if found["tokens"] > found["context"] else ""
     parts = [
         f"<h1>{title}</h1>",
