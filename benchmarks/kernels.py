@@ -40,7 +40,7 @@ class Prepared(NamedTuple):
     visible_slc: Ranges
     visible_win: Ranges
     candidates: BlockRanges
-    forced: tuple[Ranges, Ranges]
+    forced: tuple[Ranges, ...]
     blocks: Array
     free_blocks: Array  # beside the forced
     outs: tuple[Array, Array, Array]  # of compressed, selected, window

@@ -56,6 +56,7 @@ CASES: dict[str, Case] = {
     "deep_overlap": Case(config=NSAConfig(12, 3, 24, 3, 1, 1, 30), queries=97, keys=97),
     "long_block": Case(config=NSAConfig(32, 16, 256, 2, 0, 1, 40), queries=35, keys=530, query_start=490, heads=2),
     "nothing_forced": Case(config=dataclasses.replace(SMALL, num_initial=0, num_local=0, num_selected=2)),
+    "first_forced": Case(config=dataclasses.replace(SMALL, num_initial=1, num_local=0, num_selected=1), heads=6),
     "many_forced": Case(
         config=dataclasses.replace(SMALL, num_initial=2, num_local=3, num_selected=6), queries=130, keys=130
     ),

@@ -78,7 +78,7 @@ class Places(NamedTuple):
     tokens: Ranges
     window: Ranges
     candidates: BlockRanges
-    forced: tuple[Ranges, Ranges] | None  # tokens of every query's forced blocks, where these are read apart
+    forced: tuple[Ranges, ...] | None  # tokens of every query's forced blocks, where these are read apart
 
 
 class Saved(NamedTuple):

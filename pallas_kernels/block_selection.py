@@ -283,7 +283,7 @@ def store_choice(blocks_ref: Any, score: Array, choice: Choice, *, config: Confi
         """Set the bit if n candidates are still at or above the threshold; done once they are n."""
         bit, threshold, above = state
         higher = threshold | (jnp.int32(1) << bit)
-        count = jnp.sum((order >= higher[:, None]).astype(jnp.int32), axis=1)
+        count = flash.count(order >= higher[:, None], axis=1)
         enough = count >= slots
         return bit - 1, jnp.where(enough, higher, threshold), jnp.where(enough, count, above)
 
@@ -291,9 +291,9 @@ def store_choice(blocks_ref: Any, score: Array, choice: Choice, *, config: Confi
     threshold = lax.while_loop(undecided, narrow, state)[1][:, None]
     above = (order > threshold).astype(jnp.int32)
     equal = (order == threshold).astype(jnp.int32)
-    room = slots - jnp.sum(above, axis=1)[:, None]
+    room = slots - flash.count(above, axis=1)[:, None]
     # Two running counts in one: at most MAX_SELECTED are above, and rows are shorter than 2 ** 20.
-    running = jnp.cumsum(above * 2**20 + equal, axis=1)
+    running = jnp.cumsum(above * 2**20 + equal, axis=1, dtype=jnp.int32)
     above_so_far, equal_so_far = running >> 20, running & (2**20 - 1)
     chosen = (above == 1) | ((equal == 1) & (equal_so_far <= room))
     slot = above_so_far + jnp.minimum(equal_so_far, room) - 1
@@ -302,7 +302,7 @@ def store_choice(blocks_ref: Any, score: Array, choice: Choice, *, config: Confi
 
     lanes = flash.next_power_of_2(slots)
     lane = jnp.broadcast_to(lax.iota(jnp.int32, lanes)[None, :], (rows, lanes))
-    unused = (lane >= jnp.sum(chosen.astype(jnp.int32), axis=1)[:, None]) & (lane < slots) & live[:, None]
+    unused = (lane >= flash.count(chosen, axis=1)[:, None]) & (lane < slots) & live[:, None]
     index = jnp.broadcast_to(query[:, None], (rows, lanes))
     pltriton.store(
         blocks_ref.at[index, jnp.where(unused, lane, slots + lane)], jnp.full_like(lane, flash.NO_BLOCK), mask=unused

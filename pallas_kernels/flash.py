@@ -367,6 +367,11 @@ def divide(value: Any, by: int) -> tuple[Any, Any]:
     return (value, jnp.zeros_like(value)) if by == 1 else (value // by, value % by)
 
 
+def count(true: Array, axis: int | None = None) -> Array:
+    """How many are true; int32, even where JAX's 64-bit numbers are on."""
+    return jnp.sum(true.astype(jnp.int32), axis=axis, dtype=jnp.int32)
+
+
 def ceil_div(value: Any, by: int) -> Any:
     return (value + by - 1) // by
 

@@ -62,13 +62,19 @@ def compressed_ranges(where: Positions, *, config: Config) -> Ranges:
     return Ranges(flash.divide(where.first + d - 1, d)[0], high)
 
 
-def forced_ranges(where: Positions, *, config: Config) -> tuple[Ranges, Ranges]:
-    """The tokens of the blocks that every query chooses, its first and its last: l'=16, query 40 has 0 .. 15 and 16 .. 40."""
+def forced_ranges(where: Positions, *, config: Config) -> tuple[Ranges, ...]:
+    """The tokens of the blocks that every query chooses, its first and its last: l'=16, query 40 has 0 .. 15 and 16 .. 40.
+
+    Of one kind alone if the config forces no other.
+    """
     candidates = candidate_blocks(where, config=config)
     end = where.last + 1
     after_initial = jnp.minimum((candidates.first + config.num_initial) * config.select_block, end)
-    local = (candidates.own - config.num_local + 1) * config.select_block
-    return Ranges(where.first, after_initial), Ranges(jnp.maximum(jnp.maximum(local, after_initial), where.first), end)
+    ranges = (Ranges(where.first, after_initial),) if config.num_initial else ()
+    if config.num_local:
+        local = (candidates.own - config.num_local + 1) * config.select_block
+        ranges += (Ranges(jnp.maximum(jnp.maximum(local, after_initial), where.first), end),)
+    return ranges
 
 
 class BlockRanges(NamedTuple):

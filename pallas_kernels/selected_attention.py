@@ -37,7 +37,7 @@ class Sum(NamedTuple):
 class Forced(NamedTuple):
     """Blocks that every query chooses are read by many queries at once, apart from the others."""
 
-    ranges: tuple[Ranges, Ranges]  # positions.forced_ranges
+    ranges: tuple[Ranges, ...]  # positions.forced_ranges
     launch: Launch
 
 
@@ -104,8 +104,8 @@ def _unions_kernel(blocks_ref: Any, union_ref: Any, readers_ref: Any, *, queries
     used = first & (block >= 0)
     # What stands for no block goes behind the blocks, each entry at a place of its own.
     order = jnp.where(used, block, 2**30 + entry)
-    place = jnp.sum((order[None, :] < order[:, None]).astype(jnp.int32), axis=1)
-    readers = jnp.sum(jnp.where(same, (jnp.int32(1) << reader)[None, :], 0), axis=1)
+    place = flash.count(order[None, :] < order[:, None], axis=1)
+    readers = jnp.sum(jnp.where(same, (jnp.int32(1) << reader)[None, :], 0), axis=1, dtype=jnp.int32)
     index, written = jnp.full_like(entry, tile), entry < most
     pltriton.store(union_ref.at[index, place], jnp.where(used, block, flash.NO_BLOCK), mask=written)
     pltriton.store(readers_ref.at[index, place], jnp.where(used, readers, 0), mask=written)
@@ -332,7 +332,7 @@ class _Reads:
         begin, end = low_ref[rows.last], high_ref[rows.first]
         before = (union >= 0) & (union * self.size < begin)
         until = (union >= 0) & ((union + 1) * self.size <= end)
-        count, inner, outer = _count(union >= 0), _count(before), _count(until)
+        count, inner, outer = (flash.count(these) for these in (union >= 0, before, until))
         whole = self.parts * self.held == self.size
         # Of the last block, which is most often the queries' own, the parts that begin at keys to come are left out.
         reached = jnp.clip(high_ref[rows.last] - jnp.max(union) * self.size, 0, self.size)
@@ -364,7 +364,3 @@ class _Reads:
                 visible &= jnp.broadcast_to(chosen[:, None], shape)
             readable = jnp.max(visible.astype(jnp.int32), axis=0) > 0
         return index, chosen, visible, readable
-
-
-def _count(true: Array) -> Array:
-    return jnp.sum(true.astype(jnp.int32))

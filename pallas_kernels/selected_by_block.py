@@ -390,7 +390,7 @@ class _Piece:
         where = (*(jnp.broadcast_to(i[:, None], shape) for i in (here, token, there)), lane)
         mask = lane < slots if rows.live is None else (lane < slots) & rows.live[:, None]
         chosen = pltriton.load(blocks_ref.at[where], mask=mask, other=flash.NO_BLOCK)
-        slot = jnp.sum(((chosen >= 0) & (chosen < self.block)).astype(jnp.int32), axis=1)
+        slot = flash.count((chosen >= 0) & (chosen < self.block), axis=1)
         if rows.live is not None:
             # No two rows write to one place, not even those that are masked.
             slot = jnp.where(rows.live, slot, slots + lax.iota(jnp.int32, shape[0]))

@@ -32,6 +32,7 @@ from pallas_kernels.positions import (
     Positions,
     candidate_blocks,
     compressed_ranges,
+    forced_ranges,
     positions,
     token_ranges,
     window_ranges,
@@ -119,6 +120,7 @@ FORWARD_ONLY = {
     "head_sizes_differ",  # has it in float16
     "no_overlap",
     "nothing_forced",
+    "first_forced",
     "many_forced",
     "window_1",
     "window_longer_than_text",
@@ -171,7 +173,7 @@ def test_kernels_are_as_accurate_as_the_reference(name, dtype, by_block, cut_sma
 
 
 FORCED = (
-    *("plain", "more_slots_than_blocks", "group_5", "nothing_forced", "many_forced"),
+    *("plain", "more_slots_than_blocks", "group_5", "nothing_forced", "first_forced", "many_forced"),
     *("segments_aligned", "segments_unaligned", "query_start_per_sequence"),
 )
 FORCED_FOR_SEVERAL = ("segments_unaligned", "many_forced", "query_start_per_sequence")
@@ -475,6 +477,26 @@ def test_compressed_ranges():
 def test_candidate_blocks():
     assert as_lists(candidate_blocks(at(0, 15, 16, 40), config=HAND)) == BlockRanges([[0] * 4], [[0, 0, 1, 2]])
     assert as_lists(candidate_blocks(at(33, 60, first=31, num_keys=48), config=HAND)) == BlockRanges([[1, 1]], [[2, 2]])
+
+
+def test_forced_ranges():
+    def ranges(*numbers, **places):
+        initial, local = numbers
+        config = dataclasses.replace(HAND, num_initial=initial, num_local=local, num_selected=4)
+        return [as_lists(found) for found in forced_ranges(at(*places.pop("position"), **places), config=config)]
+
+    # Blocks 0, 1 and 2 are 0 .. 15, 16 .. 31 and 32 .. 47; no key is in both ranges.
+    assert ranges(1, 1, position=(0, 15, 16, 40)) == [
+        Ranges([[0] * 4], [[1, 16, 16, 16]]),
+        Ranges([[1, 16, 16, 32]], [[1, 16, 17, 41]]),
+    ]
+    assert ranges(1, 0, position=(3, 40)) == [Ranges([[0, 0]], [[4, 16]])]
+    assert ranges(0, 2, position=(3, 40)) == [Ranges([[0, 16]], [[4, 41]])]
+    assert ranges(1, 2, position=(33, 60), first=31, num_keys=52) == [
+        Ranges([[31, 31]], [[32, 32]]),
+        Ranges([[32, 32]], [[34, 52]]),
+    ]
+    assert ranges(0, 0, position=(3,)) == []
 
 
 # Inverted lists.

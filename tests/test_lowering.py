@@ -121,6 +121,13 @@ def test_cases_lower_for_cuda(name, dtype):
     assert_is_in_kernels(lowered(CASES[name], dtype), CASES[name])
 
 
+@pytest.mark.parametrize("name", ["group_16", "group_1", "many_forced"])
+def test_cases_lower_where_64_bit_numbers_are_on(name):
+    """Sums of int32 are int64 there, unless they are told; a loop's state changes its dtype, and a kernel is none."""
+    with jax.enable_x64(True):
+        assert_is_in_kernels(lowered(CASES[name], "float32"), CASES[name])
+
+
 # The paper's, and other head sizes and groups of today's models.
 SIZES = [
     (16, 128, 128),
