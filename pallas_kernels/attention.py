@@ -139,7 +139,19 @@ def _attend(static: Static, operands: Operands, places: Places, blocks: Array | 
     return _branches(static, operands, places, blocks, keep=False)[0]
 
 
+@jax.custom_jvp
+def _differentiated_once(arrays: Any) -> Any:
+    """The same; to ask for a derivative of what a derivative is made of ends here, with the reason, and not in a kernel."""
+    return arrays
+
+
+@_differentiated_once.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError("the kernels have no second derivatives; implementation='xla' has them")
+
+
 def _forward(static: Static, operands: Operands, places: Places, blocks: Array | None) -> tuple[Array, Any]:
+    operands = _differentiated_once(operands)
     out, saved = _branches(static, operands, places, blocks, keep=True)
     names = ("nsa_blocks", *(f"nsa_{what}_{branch}" for what in ("out", "lse") for branch in ("cmp", "slc", "win")))
     saved = Saved(*map(checkpoint_name, saved, names))
@@ -236,7 +248,7 @@ def _select(
 
 
 def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, None, None]:
-    operands, places, saved = residuals
+    (operands, places, saved), dout = residuals, _differentiated_once(dout)
     scale, config = static.scale, static.config
     deltas = range_attention.deltas(dout, (saved.out_cmp, saved.out_slc, saved.out_win))
     gates = operands.gates.astype(jnp.float32)

@@ -413,6 +413,27 @@ def test_kernels_under_vmap_grad_scan_and_checkpoint():
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * np.abs(want).max())
 
 
+def test_second_derivatives_are_refused():
+    """With respect to what is read and to the cotangent; those of the reference exist."""
+    case, inputs = CASES["one_token"], make_inputs(CASES["one_token"])
+
+    def attend(query, implementation):
+        return nsa_attention(query, **inputs.keywords(), config=case.config, implementation=implementation)
+
+    def of_query(query, implementation):
+        return (jax.grad(lambda query: (attend(query, implementation) ** 2).sum())(query) ** 2).sum()
+
+    def of_cotangent(cotangent, implementation):
+        backward = jax.vjp(functools.partial(attend, implementation=implementation), inputs.query)[1]
+        return (backward(cotangent)[0] ** 2).sum()
+
+    for norm in (of_query, of_cotangent):
+        of = {name: jax.grad(functools.partial(norm, implementation=name)) for name in ("pallas_interpret", "xla")}
+        with pytest.raises(NotImplementedError, match="no second derivatives; implementation='xla'"):
+            jax.eval_shape(of["pallas_interpret"], inputs.query)
+        assert jax.eval_shape(of["xla"], inputs.query).shape == inputs.query.shape
+
+
 def test_save_attention_keeps_what_the_kernels_computed(capsys):
     """JAX's own pass drops no kernel from a jaxpr: that none runs twice is seen in the program compiled for a GPU."""
     case, inputs = CASES["query_start"], make_inputs(CASES["query_start"])
