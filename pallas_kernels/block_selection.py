@@ -14,7 +14,8 @@ sequence). The bits of a number >= 0 order like the number; at most 31 counts fi
 bit, whatever n is. What lies above it is chosen, then, from the left, as many that equal it as n has room for; a running
 count puts them in ascending order.
 
-Both run on chunks of queries, so that the scores stay under `MAX_SCRATCH` bytes.
+Both run on chunks of queries, so that the scores stay under `MAX_SCRATCH` bytes: at any length, unless those of one query of
+each sequence take more.
 """
 
 import functools

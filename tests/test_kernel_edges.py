@@ -14,7 +14,7 @@ from pallas_kernels import inverse_lists, selected_by_block, tiles
 from pallas_kernels.positions import BlockRanges
 from pallas_kernels.selected_attention import free_blocks, queries_per_tile, unions
 from pallas_kernels.selected_by_block import goes_by_block
-from tests.programs import QUICK
+from tests.programs import QUICK, equations
 from tests.test_lowering import for_cuda, verified_kernels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
@@ -193,3 +193,36 @@ def test_the_most_blocks_lower_for_cuda():
     with for_cuda():
         program = jax.jit(run).trace(shapes).lower(lowering_platforms=("cuda",))
     assert verified_kernels(program) >= 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "kv_heads", "num_selected"),
+    [(1, 65536, 64, 4, 16), (16, 8192, 64, 64, 16), (1, 262144, 16, 1, 64)],
+)
+def test_no_array_of_all_scores(batch, length, heads, kv_heads, num_selected):
+    """Nor nearly: scores stay under 256 MiB, at 65536 tokens as at any length, and gradients add no larger array."""
+    config = NSAConfig(num_selected=num_selected)
+
+    def of(length, heads, *sizes):
+        return jax.ShapeDtypeStruct((batch, length, heads, *sizes), jnp.bfloat16)
+
+    num_compressed = config.num_compressed(length)
+    query, keys = of(length, heads, 128), [of(size, kv_heads, 128) for size in (num_compressed, length, length)]
+
+    def run(query, compressed, selected, window, gates):
+        pairs = ((x, x) for x in (compressed, selected, window))
+        where = dict(config=config, scale=0.1, query_start=0, window_start=0, segment_ids=None)
+        out, backward = jax.vjp(lambda query: pallas_kernels.attend(query, *pairs, gates, None, **where), query)
+        return backward(out)
+
+    program = list(equations(jax.make_jaxpr(run)(query, *keys, of(length, heads, 3)).jaxpr))
+    scores = [x for x in program if x.primitive.name == "pallas_call" and x.params["name"] == "nsa_scores"]
+    held = [sum(array.aval.size * array.aval.dtype.itemsize for array in x.outvars) for x in scores]
+    assert len(held) == 1 and held[0] <= 256 * 2**20
+    # What there must be: queries, outputs, keys, and what goes by (query, slot).
+    most = max(query.size, *(x.size for x in keys), selected_by_block.MAX_PARTIALS // 2)
+    assert (
+        max(array.aval.size for x in program for array in x.outvars)
+        <= most
+        < batch * kv_heads * length * num_compressed
+    )
