@@ -344,7 +344,7 @@ def _implementation(
     """The named implementation, or the best for this device and problem; NotImplementedError if the named one cannot."""
     if name is not None and name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r} is unknown: choose from {[*IMPLEMENTATIONS]} or None")
-    if name == "xla" or (name is None and jax.default_backend() != "gpu"):
+    if name == "xla" or (name is None and pallas_kernels.default_device().platform != "gpu"):
         return IMPLEMENTATIONS["xla"]
     sizes = dict(num_slots=num_slots, num_keys=num_keys, value_size=value_size)
     reason = pallas_kernels.why_not(query, kv_heads=kv_heads, config=config, scale=scale, **sizes)

@@ -5,8 +5,9 @@ forms the gated sum. Kept for the backward pass: the branches' outputs (rounded 
 the blocks.
 
 Backward: `delta = dout . o` of each branch, which is its gate's gradient, and after which the outputs are no longer wanted.
-One kernel forms dq of all that is read in ranges: the window, the compressed tokens, and the selected blocks that every
-query is forced to choose. A second adds dq of the other selected blocks. Then dk and dv of each branch.
+One kernel forms dq of all that is read in ranges: the window, the compressed tokens, and, unless the selected branch goes by
+block, the blocks that every query is forced to choose. A second adds dq of the other selected blocks. Then dk and dv of each
+branch.
 """
 
 import functools

@@ -24,7 +24,8 @@ class Positions(NamedTuple):
 def positions(
     query_start: int | Array, segment_ids: Int32[Array, "B S"] | None, *, batch: int, num_queries: int, num_keys: int
 ) -> Positions:
-    """Query row r of a sequence has position `query_start + r`; past the end it reads what the last token reads."""
+    """Query row r of a sequence has position `query_start + r`; past the end it reads what the last token reads,
+    of a window what is left of its own."""
     start = jnp.broadcast_to(jnp.asarray(query_start, jnp.int32), (batch,))
     position = start[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
     last = jnp.minimum(position, num_keys - 1)

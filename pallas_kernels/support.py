@@ -13,9 +13,17 @@ MAX_HEAD = 256
 MAX_GROUP = 64
 
 
+def default_device() -> Any:
+    """Where JAX computes what is not placed: the first device, or that of `jax.default_device`."""
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.devices()[0]
+    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
+
+
 def why_not_here() -> str | None:
     """Why the kernels cannot run on the default device; None if they can."""
-    device = jax.devices()[0]
+    device = default_device()
     if device.platform != "gpu":
         return f"the kernels run on NVIDIA GPUs, and this device is {device.device_kind} ({device.platform})"
     capability = str(getattr(device, "compute_capability", ""))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import flash
 from pallas_kernels.block_selection import PACKED
 from pallas_kernels.flash import Tile, head_parts
+from pallas_kernels.support import default_device
 
 # Two queries of the paper's groups: their union costs nothing where choices differ, and saves where they are alike.
 SELECTED_ROWS = 32
@@ -56,7 +57,7 @@ class Tiles:
 def tiles_for(query: jax.Array, kv_heads: int, value_size: int) -> Tiles:
     """The table's tiles for the default device, or the rule's."""
     num_heads, size = query.shape[2:]
-    device = jax.devices()[0]
+    device = default_device()
     capability = str(getattr(device, "compute_capability", "none"))
     return _lookup(device.device_kind, capability, str(query.dtype), size, value_size, num_heads // kv_heads)
 

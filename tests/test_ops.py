@@ -119,8 +119,22 @@ def test_an_unknown_implementation(function, unchecked_shapes):
         function(CASE, make_inputs(CASE), implementation="cuda")
 
 
+GPU = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="A Thing")
+
+
+def test_the_default_device_is_the_one_that_jax_is_told(monkeypatch):
+    """On a machine with a GPU, work that is sent to the CPU is none for the kernels."""
+    cpu = jax.devices("cpu")[0]
+    monkeypatch.setattr(jax, "devices", lambda name=None: [cpu if name == "cpu" else GPU])
+    assert pallas_kernels.default_device() is GPU and pallas_kernels.why_not_here() is None
+    for chosen in (cpu, "cpu"):
+        with jax.default_device(chosen):
+            assert pallas_kernels.default_device() is cpu
+            assert "run on NVIDIA GPUs" in pallas_kernels.why_not_here()
+
+
 def test_none_on_a_gpu_warns_once(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(pallas_kernels, "default_device", lambda: GPU)
     ops._warn_once.cache_clear()
     inputs = make_inputs(CASE)
     message = "None uses 'xla', which is much slower on a GPU: the kernels take a positive, finite scale, not -1.0"
@@ -134,7 +148,7 @@ def test_none_on_a_gpu_warns_once(monkeypatch):
 
 
 def test_none_is_pallas_on_a_supported_gpu(monkeypatch, recorded):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(pallas_kernels, "default_device", lambda: GPU)
     monkeypatch.setattr(pallas_kernels, "why_not_here", lambda: None)
     monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas", ops.IMPLEMENTATIONS.pop("xla"))
     choose(CASE, make_inputs(CASE))
