@@ -71,7 +71,7 @@ def forced_ranges(where: Positions, *, config: Config) -> tuple[Ranges, ...]:
     candidates = candidate_blocks(where, config=config)
     end = where.last + 1
     after_initial = jnp.minimum((candidates.first + config.num_initial) * config.select_block, end)
-    ranges = (Ranges(where.first, after_initial),) if config.num_initial else ()
+    ranges: tuple[Ranges, ...] = (Ranges(where.first, after_initial),) if config.num_initial else ()
     if config.num_local:
         local = (candidates.own - config.num_local + 1) * config.select_block
         ranges += (Ranges(jnp.maximum(jnp.maximum(local, after_initial), where.first), end),)

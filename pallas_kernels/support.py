@@ -15,7 +15,8 @@ MAX_GROUP = 64
 
 def default_device() -> Any:
     """Where JAX computes what is not placed: the first device, or that of `jax.default_device`."""
-    chosen = jax.config.jax_default_device
+    config: Any = jax.config  # whose options have no types
+    chosen = config.jax_default_device
     if chosen is None:
         return jax.devices()[0]
     return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
