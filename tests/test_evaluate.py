@@ -16,7 +16,7 @@ from tests.tiny import MODEL, Trained, random_params, replace_model, save_untrai
 from train import evaluate, plots
 from train.__main__ import main
 from train.data import Batch, evaluation_batches, load_corpus, tokenize
-from train.evaluate import LossMeter, evaluate_loss
+from train.evaluate import LossMeter, evaluate_loss, evaluate_losses
 from train.model import LanguageModel, Network
 from train.runs import Run, open_run
 from train.tokenizer import make_tokenizer
@@ -149,6 +149,23 @@ def test_bits_per_byte_compare_tokenizers(tiny_run, tmp_path):
     assert result.bits_per_byte == pytest.approx(
         nats / math.log(2) / num_bytes * len(stream.tokens) / result.tokens, rel=1e-5
     )
+
+
+@pytest.mark.usefixtures("compiled_meter")
+def test_what_is_kept_is_of_these_parameters_and_this_text(tiny_run, tmp_path):
+    run, other = tiny_run.run, tmp_path / "other.txt"
+
+    def measure(run=run):
+        (result,) = evaluate_losses([run], tmp_path / "results", text=str(other))
+        return result
+
+    other.write_text("a quick dog jumps. " * 9)
+    first = measure()
+    zeros = measure(run._replace(params=jax.tree.map(jnp.zeros_like, run.params)))
+    assert zeros.loss == pytest.approx(math.log(257), rel=1e-6) != first.loss
+    assert measure(run._replace(folder=tmp_path)) == measure() == first  # wherever the folder is
+    other.write_text("a quick cow jumps. " * 9)
+    assert measure() != first
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import MODEL, make_config, write_text
+from train import niah
 from train.config import DataConfig, NeedleTask, from_dict, to_dict
 from train.data import Batches, Document, load_corpus, tokenize
 from train.draws import Draws
@@ -122,9 +123,10 @@ def test_an_example_holds_its_answer(maker, task):
         for rank, value in enumerate(values):
             assert prompt.count(f" {value}.") == 1
             where = needles.source[needles.value == rank]
-            assert "".join(text[i] for i in where) == f" {value}"
-            assert where[0] == prompt.index(f" {value}.")
-        assert (needles.source[needles.value < 0] == -1).all() and sum(needles.value < 0) == len(values) - 1
+            assert "".join(text[i] for i in where) == value
+            assert where[0] == prompt.index(f" {value}.") + 1
+        # Commas, and the spaces before values.
+        assert (needles.source[needles.value < 0] == -1).all() and sum(needles.value < 0) == 2 * len(values) - 1
         if recipe.num_values > 1:
             assert sorted(values, key=prompt.index) == values
         if recipe.keys != "none":
@@ -148,6 +150,55 @@ def test_the_depth_is_the_share_of_sentences_before_the_needle(maker):
     assert abs(count - total / 2) <= 1
     count, total = before(100)
     assert count == total
+
+
+@pytest.mark.parametrize("task", ["multikey_1", "multiquery", "multivalue"])
+def test_the_depth_is_that_of_a_needle_that_is_asked_for(maker, task):
+    """Of the first key; of a key's several values, of any."""
+    for seed in range(5):
+        for depth in (0, 40, 100):
+            _, prompt, _ = read(maker.make(Draws(seed), task, length=2400, depth=depth))
+            text = prompt[: prompt.rindex("\nWhat")]
+            found = [match.start() for match in re.finditer(f"for {keys_of(prompt)[0]} is:", text)]
+            shares = [text[:start].count("times.") / text.count("times.") for start in found]
+            assert min(abs(share - depth / 100) for share in shares) < 0.06
+
+
+def test_a_haystack_begins_at_any_sentence(maker):
+    texts = [read(maker.make(Draws(seed), "single_2", length=900, depth=100))[1] for seed in range(30)]
+    assert len({re.search(r"Sentence (\d+)", text)[1] for text in texts}) > 15
+
+
+def test_what_is_asked_for_is_once_in_a_haystack_of_needles(maker, monkeypatch):
+    """Of four keys that there are."""
+    monkeypatch.setattr(niah, "ADJECTIVES", ("red", "green"))
+    monkeypatch.setattr(niah, "NOUNS", ("door", "key"))
+    for seed in range(5):
+        _, prompt, _ = read(maker.make(Draws(seed), "multikey_2", length=900, depth=50))
+        assert prompt.count(f"for {keys_of(prompt)[0]} is: ") == 1
+
+
+class Joined(ByteTokenizer):
+    """A digit behind a space is one token with it."""
+
+    def encode(self, text):
+        tokens = re.findall(r" \d|.", text, flags=re.DOTALL)
+        return np.asarray([ord(x) if len(x) == 1 else 300 + int(x) for x in tokens], np.int32)
+
+    def decode(self, ids):
+        return "".join(f" {i - 300}" if i >= 300 else chr(i) for i in map(int, ids))
+
+
+def test_a_token_that_holds_nothing_of_a_value_does_not_count():
+    """A space of its own; one that holds a digit as well counts, and so does its source."""
+    for tokenizer, spaces in ((ByteTokenizer(), 1), (Joined(), 0)):
+        maker = NeedleMaker(tokenizer, make_haystack([Document("story", STORY)], tokenizer))
+        needles = maker.make(Draws(0), "passkey", length=600, depth=50)
+        answer = needles.tokens[needles.answer_start :]
+        assert (needles.value < 0).tolist() == [True] * spaces + [False] * (len(answer) - spaces)
+        counted = needles.value >= 0
+        np.testing.assert_array_equal(needles.tokens[needles.source[counted]], answer[counted])
+        assert len(tokenizer.decode(answer[counted]).strip()) == 5
 
 
 def test_haystacks_are_what_the_task_says(maker):

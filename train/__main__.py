@@ -84,10 +84,12 @@ def eval_loss(
     opened = [open_run(folder, step=step) for folder in run]
     for one, result in zip(opened, evaluate_losses(opened, output, split=split, text=text), strict=True):
         table[str(one.folder)] = dataclasses.asdict(result)
-        print(f"{one.folder}, step {one.step}, {text or f'{one.config.data.text} ({split})'}: {result}")
+        print(
+            f"{one.folder}, step {one.step}, {f'{one.config.data.text} ({split})' if text is None else text}: {result}"
+        )
         for bucket in result.by_position:
             print(f"  positions {bucket.start:>6} to {bucket.end - 1:<6}  loss {bucket.loss:.4f}")
-    written = write_json(output / f"loss_{'text' if text else split}.json", table)
+    written = write_json(output / f"loss_{split if text is None else 'text'}.json", table)
     positions = {folder: result["by_position"] for folder, result in table.items()}
     print(f"written: {written}, {plots.loss_by_position(positions, output / 'loss_by_position.png')}")
 
@@ -182,7 +184,7 @@ def eval_mqar(
         lengths: Tokens of an example, even, below the size of the vocabulary; 64 to 512 if not given.
         pairs: Key-value pairs, at most a quarter of the length; 4 to 64 if not given.
         examples: Of a length and number of pairs.
-        batch_size: Examples at a time.
+        batch_size: Examples at a time; they are others with another size.
         seed: Of the examples.
         beyond_context: Allow lengths beyond the context that a run was trained with.
         step: Checkpoint to read; the last one if not given.

@@ -164,6 +164,8 @@ def _read_stdlib() -> tuple[list[Document], str]:
 
 def _find_files(source: str) -> tuple[Path, list[Path], bool]:
     """The folder that names are relative to, the files in the order of their names, and whether the user named the file."""
+    if not source:
+        raise ValueError('text="" names nothing: give "austen", "stdlib", or a file, folder or pattern')
     path = Path(source).expanduser()
     if path.is_file():
         return path.parent, [path], True

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -95,21 +95,15 @@ def evaluate_losses(
 ) -> list[Loss]:
     """`evaluate_loss` of several runs, with what is done kept in a folder; see `train.evaluation`."""
     streams = [_read_text(run, split, text) for run in runs]
-    settings: dict[str, Any] = dict(
-        split=None if text else split,
-        text=text,
-        runs={
-            str(run.folder): dict(describe_run(run), tokens_sha256=hashlib.sha256(stream.tokens.tobytes()).hexdigest())
-            for run, stream in zip(runs, streams, strict=True)
-        },
-    )
     total = sum(_num_batches(run, stream) for run, stream in zip(runs, streams, strict=True))
     results = []
-    with Parts(folder, f"loss_{'text' if text else split}", settings, total=total) as parts:
+    with Parts(folder, f"loss_{split if text is None else 'text'}", {}, total=total) as parts:
         for run, stream in zip(runs, streams, strict=True):
             meter, sums = LossMeter(run.network), []
+            known = dict(describe_run(run), tokens_sha256=hashlib.sha256(stream.tokens.tobytes()).hexdigest())
             for index, batch in enumerate(_batches(run, stream)):
-                sums.append(parts(f"{run.folder} batch {index}", meter.sums, run.params, batch))
+                name, of = f"{run.folder} batch {index}", dict(run=known, batch=index)
+                sums.append(parts(name, meter.sums, run.params, batch, of=of))
             results.append(summarize(sums, context=run.config.context, bytes_per_token=stream.bytes_per_token))
     return results
 

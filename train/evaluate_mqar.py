@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from train.draws import Draws
-from train.evaluation import Answers, Parts, check_lengths, describe_run
+from train.evaluation import Answers, Parts, check_lengths, check_numbers, describe_run
 from train.model import Params
 from train.mqar import check_recall, make_recall
 from train.runs import Run
@@ -30,6 +30,7 @@ def choose_cells(
         lengths = tuple(length for length in LENGTHS if length <= context and length < vocab_size)
         # Of even length, as each of the task is.
         lengths = lengths or (min(context, vocab_size - 1) // 2 * 2,)
+    lengths, pairs = tuple(dict.fromkeys(lengths)), tuple(dict.fromkeys(pairs))
     check_lengths(run, lengths, beyond_context=beyond_context)
     cells = [(length, count) for length in lengths for count in pairs or PAIRS if 1 <= 4 * count <= length]
     for count in pairs:
@@ -97,7 +98,7 @@ def evaluate_mqar(
         folder: for the parts.
         lengths, pairs: the cells; zoology's if not given.
         examples: of a cell.
-        batch_size: examples at a time.
+        batch_size: examples at a time; they are others with another size.
         seed: of the examples.
         beyond_context: allow lengths that a run was not trained for.
 
@@ -107,17 +108,9 @@ def evaluate_mqar(
     Raises:
         ValueError: see `choose_cells`.
     """
-    for name, number in (("examples", examples), ("batch_size", batch_size)):
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
+    check_numbers(examples=(examples, 1), batch_size=(batch_size, 1), seed=(seed, 0))
     chosen = [choose_cells(run, lengths, pairs, beyond_context=beyond_context) for run in runs]
-    settings = dict(
-        runs={str(run.folder): describe_run(run) for run in runs},
-        cells={str(run.folder): cells for run, cells in zip(runs, chosen, strict=True)},
-        examples=examples,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    settings = dict(examples=examples, batch_size=batch_size, seed=seed)
     results: dict[str, Any] = {}
     with Parts(folder, "mqar", settings, total=sum(map(len, chosen))) as parts:
         for run, cells in zip(runs, chosen, strict=True):
@@ -132,13 +125,11 @@ def evaluate_mqar(
                 batch_size=batch_size,
                 seed=seed,
             )
+            known, found = describe_run(run), []
+            for length, count in cells:
+                name, of = f"{run.folder} length {length} pairs {count}", dict(run=known, length=length, pairs=count)
+                found.append(parts(name, measure, length, count, padded[length], of=of))
             results[str(run.folder)] = dict(
-                step=run.step,
-                context=run.config.context,
-                vocab_size=run.network.vocab_size,
-                cells=[
-                    parts(f"{run.folder} length {length} pairs {count}", measure, length, count, padded[length])
-                    for length, count in cells
-                ],
+                step=run.step, context=run.config.context, vocab_size=run.network.vocab_size, cells=found
             )
     return results

@@ -1,11 +1,11 @@
 """Needles in a haystack of a trained run: exact match by depth and length, and whether attention selects what it has to read.
 
 Teacher-forced: the model is given prompt and answer at once, and has an example right when the most likely token is the
-answer's at every position of a value. Greedy decoding would then write it; a subset is decoded through the cache to see so.
+answer's at every position of it. Greedy decoding would then write it; a subset is decoded through the cache to see so.
 """
 
 import functools
-from collections import Counter
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -18,12 +18,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
+from nsa_jax.config import NSAConfig
 from nsa_jax.module import NativeSparseAttention
 from train.config import NeedleTask
 from train.data import load_documents
 from train.draws import Draws
 from train.evaluate import Split
-from train.evaluation import Answers, Parts, check_lengths, describe_run
+from train.evaluation import Answers, Parts, check_lengths, check_numbers, describe_run
 from train.generate import Sampling, generate_tokens
 from train.model import Network, Params
 from train.niah import RECIPES, NeedleMaker, Needles, make_haystack
@@ -81,21 +82,19 @@ class SelectionAnswers:
 class Score(NamedTuple):
     """Of one example."""
 
-    exact: bool  # every token of every value
-    values: float  # share of the values that are right: RULER's measure
+    exact: bool  # every token of the answer
+    values: float  # share of the values whose every token is right, each behind a right answer so far
     tokens: float  # share of the tokens of values
     predicted: npt.NDArray[np.int32]  # [A]
     hit_rate: npt.NDArray[np.float64] | None  # [L, K]: share of the tokens of values whose block is selected
-    chance: float | None  # the same for blocks drawn at random
+    chance: float | None  # the same where the blocks that are not forced are drawn at random
 
 
 def score(
     answers: Answers | SelectionAnswers,
     params: Params,
     examples: Sequence[Needles],
-    *,
-    num_selected: int,
-    select_block: int,
+    config: NSAConfig,
 ) -> list[Score]:
     """Scores of examples of one length; see `Score`."""
     longest = max(len(example.value) for example in examples)
@@ -121,24 +120,42 @@ def score(
         hit_rate = chance = None
         if hits is not None:
             hit_rate = hits[row, :size][of_value].mean(axis=0)
-            candidates = positions[row, :size][of_value] // select_block + 1
-            chance = float(np.minimum(1, num_selected / candidates).mean())
-        scores.append(Score(all(values), float(np.mean(values)), float(right[of_value].mean()), own, hit_rate, chance))
+            asked = positions[row, :size][of_value], sources[row, :size][of_value]
+            chance = float(chance_of_hits(*asked, config).mean())
+        values_right, tokens_right = float(np.mean(values)), float(right[of_value].mean())
+        scores.append(Score(bool(right.all()), values_right, tokens_right, own, hit_rate, chance))
     return scores
 
 
-def agreement(expected: np.ndarray, predicted: np.ndarray, generated: np.ndarray) -> bool:
-    """Whether decoding says what teacher forcing says it will: the same tokens up to the first that is wrong, and that one.
+def chance_of_hits(
+    positions: Int32[np.ndarray, "A"], sources: Int32[np.ndarray, "A"], config: NSAConfig
+) -> npt.NDArray[np.float64]:
+    """How likely a query at a position reads the block of an earlier token, if all but the forced blocks are drawn."""
+    own, wanted = positions // config.select_block, sources // config.select_block
+    forced = (wanted < config.num_initial) | (wanted > own - config.num_local)
+    num_forced = config.num_initial + config.num_local
+    free = np.maximum(own + 1 - num_forced, 1)
+    return np.where(forced, 1.0, np.minimum(1.0, (config.num_selected - num_forced) / free))
 
-    Behind a wrong token the two read different texts.
-    """
+
+class Agreement(NamedTuple):
+    """Whether decoding says what teacher forcing says it will, and of how many tokens that can be said."""
+
+    agrees: bool
+    compared: int
+
+
+def agreement(expected: np.ndarray, predicted: np.ndarray, generated: np.ndarray) -> Agreement:
+    """The same tokens up to the first that is wrong, and that one: behind it the two read different texts."""
     wrong = np.flatnonzero(predicted != expected)
     end = int(wrong[0]) + 1 if len(wrong) else len(expected)
-    return bool((predicted[:end] == generated[:end]).all())
+    return Agreement(bool((predicted[:end] == generated[:end]).all()), end)
 
 
-def decode(run: Run, prompts: Int32[np.ndarray, "B T"], num_tokens: int) -> npt.NDArray[np.int32]:
-    """The most likely continuation, through the cache."""
+def decode(
+    run: Run, prompts: Int32[np.ndarray, "B T"], lengths: Int32[np.ndarray, "B"], num_tokens: int
+) -> npt.NDArray[np.int32]:
+    """`[B, num_tokens]`: the most likely continuation of each row's first `lengths[b]` tokens, through the cache."""
     drawn = generate_tokens(
         run.network,
         run.params,
@@ -146,6 +163,7 @@ def decode(run: Run, prompts: Int32[np.ndarray, "B T"], num_tokens: int) -> npt.
         jax.random.key(0),
         max_tokens=num_tokens,
         sampling=Sampling(temperature=0.0),
+        lengths=jnp.asarray(lengths),
     )
     return np.asarray(drawn)
 
@@ -186,19 +204,16 @@ def evaluate_niah(
     Raises:
         ValueError: a number or a length out of range, a task that does not fit.
     """
-    for name, number, least in (
-        ("depths", depths, 1),
-        ("examples", examples, 1),
-        ("batch_size", batch_size, 1),
-        ("generate", generate, 0),
-    ):
-        if number < least:
-            raise ValueError(f"{name}={number} must be at least {least}")
+    check_numbers(
+        depths=(depths, 1), examples=(examples, 1), batch_size=(batch_size, 1), generate=(generate, 0), seed=(seed, 0)
+    )
+    tasks, lengths = tuple(dict.fromkeys(tasks)), tuple(dict.fromkeys(lengths))
     if depths > 101:
         raise ValueError(f"{depths=} must be at most 101: depths are whole percents")
     context = run.config.context
     documents = getattr(load_own_corpus(run), split) if text is None else load_documents(text)
-    maker = NeedleMaker(run.tokenizer, make_haystack(documents, run.tokenizer))
+    sentences = make_haystack(documents, run.tokenizer)
+    maker = NeedleMaker(run.tokenizer, sentences)
     check_lengths(run, lengths, beyond_context=beyond_context)
     chosen, left_out = _choose(
         maker,
@@ -211,20 +226,14 @@ def evaluate_niah(
     haystack = text or f"{run.config.data.text} ({split}): {', '.join(named[:3])}{', ...' * (len(named) > 3)}"
     settings = dict(
         run=describe_run(run),
-        haystack=haystack,
-        chosen=chosen,
-        depths=percents,
+        haystack_sha256=hashlib.sha256(b"".join(x.tobytes() for x in sentences)).hexdigest(),
         examples=examples,
-        generate=generate,
         batch_size=batch_size,
         seed=seed,
     )
     selects = run.config.model.attention == "nsa"
     answers = SelectionAnswers(run.network) if selects else Answers(run.network)
-    nsa = run.config.model.nsa
-    measure = functools.partial(
-        score, answers, run.params, num_selected=nsa.num_selected, select_block=nsa.select_block
-    )
+    measure = functools.partial(score, answers, run.params, config=run.config.model.nsa)
 
     def make(task: NeedleTask, length: int, depth: int, index: int) -> Needles:
         return maker.make(Draws(seed, TASKS.index(task), length, depth, index), task, length=length, depth=depth)
@@ -253,11 +262,11 @@ def evaluate_niah(
                 )
             if generate:
                 some = functools.partial(
-                    _measure_decoding, run, measure, functools.partial(make, task, length), percents
+                    _measure_decoding, run, measure, functools.partial(make, task, length), percents, batch_size
                 )
-                result.setdefault("decoded", []).append(
-                    parts(f"{task} length {length} decoded", some, length, generate)
-                )
+                name = f"{task} length {length} decoded"
+                of = dict(task=task, length=length, depths=percents, decoded=generate)
+                result.setdefault("decoded", []).append(parts(name, some, length, generate, of=of))
     return dict(
         run=str(run.folder),
         step=run.step,
@@ -266,7 +275,8 @@ def evaluate_niah(
         tokenizer=run.config.data.tokenizer,
         differs_from_ruler=(
             "haystack text in place of the essays; words of train/words.py; other prompts; lengths in tokens of the run's "
-            "tokenizer; values are expected in order"
+            "tokenizer; values are expected in order, each token behind the right ones before it, where RULER looks for them "
+            "anywhere in what a model generates"
         ),
         left_out=left_out,
         tasks=results,
@@ -305,7 +315,8 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
             yield line
             if one := decoded.get(length):
                 yield (
-                    f"    {one['examples']} decoded, {one['agree']:.0%} as teacher forcing says, {one['exact']:.0%} exact"
+                    f"    {one['examples']} decoded, {one['agree']:.0%} as teacher forcing says (of {one['tokens_compared']} "
+                    f"tokens), {one['exact']:.0%} exact"
                 )
 
 
@@ -375,19 +386,28 @@ def _measure_decoding(
     measure: Callable[[Sequence[Needles]], list[Score]],
     make: Callable[[int, int], Needles],
     percents: Sequence[int],
+    batch_size: int,
     length: int,
     count: int,
 ) -> dict[str, Any]:
-    """Of examples over all depths; those with the most usual lengths of prompt and answer, which make one batch."""
+    """Of examples over all depths. All programs have the shapes of a length: whatever the prompts', they are compiled once."""
     places = [percents[index * len(percents) // count] for index in range(count)]
-    some = [make(depth, places[:index].count(depth)) for index, depth in enumerate(places)]
-    usual = Counter(example.answer_start for example in some).most_common(1)[0][0]
-    some = [example for example in some if example.answer_start == usual]
-    prompts = np.stack([example.tokens[:usual] for example in some])
-    generated = decode(run, prompts, length - usual)
-    agree, exact = 0, 0
-    for example, one, text in zip(some, measure(some), generated, strict=True):
-        expected = example.tokens[usual:]
-        agree += agreement(expected, one.predicted, text)
-        exact += bool((text == expected).all())
-    return dict(length=length, examples=len(some), agree=agree / len(some), exact=exact / len(some))
+    found, exact = [], 0
+    for first in range(0, count, batch_size):
+        here = range(first, min(first + batch_size, count))
+        some = [make(places[index], places[:index].count(places[index])) for index in here]
+        filled = some + some[-1:] * (batch_size - len(some))
+        starts = np.asarray([example.answer_start for example in filled], np.int32)
+        longest = -(-max(length - start for start in starts.tolist()) // ANSWER_MULTIPLE) * ANSWER_MULTIPLE
+        generated = decode(run, np.stack([example.tokens for example in filled]), starts, longest)
+        for example, one, text in zip(some, measure(filled), generated):
+            expected = example.tokens[example.answer_start :]
+            found.append(agreement(expected, one.predicted, text[: len(expected)]))
+            exact += bool((text[: len(expected)] == expected).all())
+    return dict(
+        length=length,
+        examples=count,
+        agree=sum(one.agrees for one in found) / count,
+        tokens_compared=sum(one.compared for one in found),
+        exact=exact / count,
+    )

@@ -1,7 +1,7 @@
 """What evaluations share: parts that are kept as they come, progress, and a model's answers at given positions.
 
-An evaluation is many parts, each computed apart. OUTPUT/NAME.parts.jsonl holds the settings, and a line for each part that is
-done: the same command goes on from there after whatever interrupted it, and its results are the same to the last digit.
+An evaluation is many parts, each computed apart. OUTPUT/NAME.parts.jsonl holds a line for each part that is done: the same
+command goes on from there after whatever interrupted it, and its results are the same to the last digit.
 """
 
 import functools
@@ -9,10 +9,11 @@ import hashlib
 import importlib.util
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from train.config import differences, to_dict
+from train.config import to_dict
 from train.errors import Interrupted
 from train.model import Params
-from train.report import duration, read_metrics
+from train.report import duration
 from train.runs import Run, versions
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -65,11 +66,13 @@ class Parts:
     >>> with Parts(folder, "niah", settings, total=2) as parts:  # doctest: +SKIP
     ...     results = [parts(f"depth {depth}", measure, depth) for depth in (0, 100)]
 
+    A part is kept with a digest of all that it depends on: the settings, the code, and what the part itself names. A start
+    that wants other parts, or of other settings, or after a change of the code, finds only its own, and loses none.
+
     Args:
         folder: for the results; made if need be.
         name: of the evaluation.
-        settings: JSON values. All that results depend on, but for the code: with others, or after a change of the code, the
-            parts kept there are dropped, and that is said.
+        settings: JSON values: what all of its parts depend on, but for the code.
         total: number of parts.
     """
 
@@ -77,25 +80,26 @@ class Parts:
         self.path, self._name, self._total, self._done = folder / f"{name}.parts.jsonl", name, total, 0
         self._console = Console(highlight=False, soft_wrap=True, emoji=False)
         self._live: Live | None = None
-        settings = json.loads(json.dumps(settings | dict(code_sha256=code_sha256())))
+        self._handler: Any = None  # of SIGTERM, before
         folder.mkdir(parents=True, exist_ok=True)
-        kept = read_metrics(self.path)
-        if kept and (lines := differences(kept[0].get("settings", {}), settings)):
-            self.say(f"{self.path} is of other settings, so it starts anew:\n  " + "\n  ".join(lines))
-            kept = []
-        self._results: dict[str, Any] = {row["part"]: row["result"] for row in kept[1:]}
-        if self._results:
-            self.say(f"{self.path} has {len(self._results)} of {total} parts: going on")
-        # Written whole, so that a line that a killed process left half-written is gone.
-        rows = [{"settings": settings}, *({"part": part, "result": result} for part, result in self._results.items())]
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.replace(self.path)
-        self._file = self.path.open("a")
+        self._settings = _digest(dict(settings, code_sha256=code_sha256()))
+        rows, unread, half_written = _read_parts(self.path)
+        self._results = {row["key"]: row["result"] for row in rows}
+        if unread:
+            self.say(f"{self.path}: {unread} of its lines cannot be read, and what they held is computed anew")
+        if rows:
+            own = sum(row["settings"] == self._settings for row in rows)
+            others = f", {len(rows) - own} of others or of other code" if own < len(rows) else ""
+            self.say(f"{self.path} has parts, {own} of these settings{others}: going on")
+        self._file = self.path.open("a", encoding="utf-8")
+        if half_written:
+            self._file.write("\n")
         self._started = self._last_line = time.monotonic()
         self._computed = 0
 
     def __enter__(self) -> "Parts":
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, _stop)
         if self._console.is_terminal:
             self._live = Live(Text(""), console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -105,24 +109,33 @@ class Parts:
         if self._live:
             self._live.stop()
         self._file.close()
-        if kind is KeyboardInterrupt:
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
             message = (
                 f"{self._name} stopped at part {self._done} of {self._total}; what is done is in {self.path}: "
                 "the same command goes on from there"
             )
-            raise Interrupted(signal.SIGINT, message) from None
+            raise Interrupted(signal.SIGTERM if kind is _Terminated else signal.SIGINT, message) from None
 
-    def __call__(self, part: str, compute: Callable[..., Any], *args: Any) -> Any:
-        """The result of a part: as it was kept, or `compute(*args)` now, with arrays and tuples as lists."""
-        if part not in self._results:
+    def __call__(self, part: str, compute: Callable[..., Any], *args: Any, of: Any = None) -> Any:
+        """The result of a part: as it was kept, or `compute(*args)` now, with arrays and tuples as lists.
+
+        Args:
+            part: its name.
+            of: JSON values: what it depends on beside the settings; its name if None.
+        """
+        key = _digest([self._settings, part if of is None else of])
+        if key not in self._results:
             result = json.loads(json.dumps(compute(*args), default=np.ndarray.tolist))
-            self._file.write(json.dumps({"part": part, "result": result}) + "\n")
+            row = dict(key=key, settings=self._settings, part=part, result=result)
+            self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-            self._results[part] = result
+            self._results[key] = result
             self._computed += 1
         self._done += 1
         self._show(part)
-        return self._results[part]
+        return self._results[key]
 
     def say(self, line: str) -> None:
         """A line that stays."""
@@ -139,6 +152,41 @@ class Parts:
         elif self._computed and (now - self._last_line > SECONDS_BETWEEN_LINES or self._done == self._total):
             self._last_line = now
             self.say(line)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends an evaluation as Ctrl-C does."""
+
+
+def _stop(signum: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class _Kept(NamedTuple):
+    """What a file of parts holds."""
+
+    rows: list[dict[str, Any]]
+    unread: int  # lines that hold no part
+    half_written: bool  # the last line, which a process that was killed left
+
+
+def _read_parts(path: Path) -> _Kept:
+    if not path.exists():
+        return _Kept([], 0, False)
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and {"key", "settings", "part", "result"} <= row.keys():
+            rows.append(row)
+    return _Kept(rows, len(lines) - len(rows), bool(rest))
 
 
 @runtime_checkable
@@ -162,6 +210,13 @@ class Answers:
 
     def __call__(self, params: Params, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         return np.asarray(self._answer(params, jnp.asarray(tokens), jnp.asarray(positions)))
+
+
+def check_numbers(**numbers: tuple[int, int]) -> None:
+    """Raise `ValueError` for a number below the least that it may be: `name=(number, least)`."""
+    for name, (number, least) in numbers.items():
+        if number < least:
+            raise ValueError(f"{name}={number} must be at least {least}")
 
 
 def check_lengths(run: Run, lengths: tuple[int, ...], *, beyond_context: bool) -> None:

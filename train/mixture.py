@@ -96,7 +96,7 @@ class Mixture:
                 needles = self._needles.make(draws, task, length=length, depth=draws.one_below(101))
                 inputs[here] = needles.tokens
                 targets[here][:-1] = needles.tokens[1:]
-                weights[here][needles.answer_start - 1 : -1] = needles.value >= 0
+                weights[here][needles.answer_start - 1 : -1] = 1
         if segment_ids is not None:
             segment_ids[:] = np.arange(self._context) // length
         weights *= self._data.task_weight * self._context / weights.sum()

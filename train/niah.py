@@ -81,7 +81,8 @@ class Ingredients(NamedTuple):
 class Needles(NamedTuple):
     """An example: a prompt of `answer_start` tokens and the answer, A tokens.
 
-    `value` and `source` are of the answer's tokens. A token that is of no value, such as a comma, has -1 in both.
+    `value` and `source` are of the answer's tokens. A token that holds nothing of a value, as a comma does and a space that is
+    a token of its own, has -1 in both.
     """
 
     tokens: npt.NDArray[np.int32]  # [length]
@@ -131,7 +132,7 @@ class NeedleMaker:
     """
 
     def __init__(self, tokenizer: Tokenizer, text: Haystack):
-        self._text = text
+        self._text, self._tokenizer = text, tokenizer
         self._encode = functools.lru_cache(maxsize=4096)(tokenizer.encode)
         self.least_length = functools.cache(self._measure_least_length)
         sample = "One of the special magic numbers for a-b is: 0123456789abcdef."
@@ -177,6 +178,7 @@ class NeedleMaker:
             position += places[i] - last
             if i < num_values:
                 sources[i] = np.arange(position + value_start, position + value_start + len(values[i]), dtype=np.int32)
+                sources[i][: self._num_spaces(values[i])] = -1
             position += len(piece)
             last = places[i]
         parts += [haystack.tokens[last:], question]
@@ -190,7 +192,7 @@ class NeedleMaker:
                 value.append(np.full(len(comma), -1, np.int32))
                 source.append(value[-1])
             parts.append(values[i])
-            value.append(np.full(len(values[i]), rank, np.int32))
+            value.append(np.where(sources[i] < 0, -1, rank).astype(np.int32))
             source.append(sources[i])
         return Needles(
             np.concatenate(parts).astype(np.int32),
@@ -198,6 +200,10 @@ class NeedleMaker:
             np.concatenate(value),
             np.concatenate(source),
         )
+
+    def _num_spaces(self, value: npt.NDArray[np.int32]) -> int:
+        """Tokens at the beginning of a value that hold nothing but the space before it."""
+        return next(i for i in range(len(value)) if self._tokenizer.decode(value[: i + 1]).strip())
 
     def check(self, task: NeedleTask, *, length: int) -> None:
         """Raise `ValueError` where an example of whatever draws might not fit in a length, or the text is shorter than that."""
