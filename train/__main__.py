@@ -89,6 +89,10 @@ def eval_loss(
         )
         for bucket in result.by_position:
             print(f"  positions {bucket.start:>6} to {bucket.end - 1:<6}  loss {bucket.loss:.4f}")
+    if len({(one.config.data.tokenizer, one.network.vocab_size) for one in opened}) > 1:
+        print(
+            "These runs have different tokenizers: compare bits per byte; nats, positions and the figure are of their tokens."
+        )
     written = write_json(output / f"loss_{split if text is None else 'text'}.json", table)
     positions = {folder: result["by_position"] for folder, result in table.items()}
     print(f"written: {written}, {plots.loss_by_position(positions, output / 'loss_by_position.png')}")
