@@ -1,6 +1,7 @@
 """Text through the cache: what the uncached model would say, the same from the same seed, from one compiled program."""
 
 import dataclasses
+import functools
 import re
 import typing
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nsa_jax import NSAConfig
 from tests.tiny import MODEL, random_params
 from train.config import AttentionName
 from train.generate import (
@@ -18,6 +20,7 @@ from train.generate import (
     Pieces,
     Sampling,
     advance,
+    empty_state,
     generate,
     generate_batch,
     generate_tokens,
@@ -97,6 +100,23 @@ def test_one_compiled_program_draws_all_tokens(one_layer, monkeypatch):
     # The most likely text has no seed. The model has seen no other letters than these.
     assert texts[0] == texts[1]
     assert all(len(text) == 20 and set(text) <= set("abcdefghijklmnopqrstuvwxyz ") for text in texts)
+
+
+def test_the_loop_copies_no_cache():
+    """The state is written in place, from token to token as well: no temporary could hold one of its large arrays."""
+    network = Network(dataclasses.replace(MODEL, num_layers=1, head_dim=32, value_head_dim=32, nsa=NSAConfig()), VOCAB)
+    params = network.abstract_params()
+    empty = functools.partial(empty_state, network, batch=2, max_length=16384, max_tokens=9)
+    state, keys = jax.eval_shape(empty, params), jax.eval_shape(lambda: jax.random.split(jax.random.key(0)))
+    limits = jax.ShapeDtypeStruct((2,), jnp.int32)
+    program = advance.lower(
+        network, params, state, keys, limits, 9, sampling=Sampling(0.9, 5, 0.9), stop=(1,)
+    ).compile()
+    found, (cache,) = program.memory_analysis(), state.caches
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    assert max(sizes) == cache.selected.key.size * 4 == 2 * 16384 * 32 * 4
+    assert found.alias_size_in_bytes >= sum(sizes)
+    assert found.temp_size_in_bytes < max(sizes) / 2
 
 
 def test_a_stop_token_ends_a_row(window):
