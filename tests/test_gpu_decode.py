@@ -268,15 +268,14 @@ def test_a_step_of_a_model_is_one_cuda_graph(tmp_path: Path):
     prompt = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
     state = read(network, params, state, prompt, jnp.asarray([8, 3], jnp.int32))
     keys = jax.random.split(jax.random.key(0))
-
-    def draw(state, until):
-        drawn = advance(network, params, state, keys, limits, until, sampling=Sampling(0), stop=())
-        return jax.block_until_ready(drawn)
-
-    # Compiles, and makes the graph.
-    state = draw(state, before)
+    lowered = advance.lower(network, params, state, keys, limits, jnp.int32(0), sampling=Sampling(0), stop=())
+    # Else XLA may launch kernel by kernel where it is watched.
+    draw = lowered.compile({"xla_enable_command_buffers_during_profiling": True})
+    # Makes the graph.
+    state = jax.block_until_ready(draw(params, state, keys, limits, jnp.int32(before)))
+    until = jax.block_until_ready(jnp.int32(before + steps))
     with jax.profiler.trace(str(tmp_path)):
-        state = draw(state, before + steps)
+        state = jax.block_until_ready(draw(params, state, keys, limits, until))
     assert int(state.drawn) == before + steps
     host, device = count_events(tmp_path)
     for kernel in ("compressed", "choice", "selected"):
