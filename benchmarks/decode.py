@@ -2,8 +2,8 @@
 
 For each number of sequences and each length: the attention step of NSA (`nsa_jax.ops.decode_step`, which is what the module
 calls) and that of cuDNN; the bytes that the step must read, and so the rate at which it does; and the step of a whole language
-model, its cache donated. First, the kernels are checked against the reference: sequences of different lengths, and at each
-length timed one whole sequence; if they are wrong, nothing is timed.
+model, its cache donated. First, the kernels are checked against the reference: sequences of different lengths, and for each
+length and number of sequences that is timed, the first and the last sequence; if they are wrong, nothing more is timed.
 
 `--tune` times tiles of the three kernels instead, and writes the fastest into pallas_kernels/tiles.json.
 """

@@ -209,6 +209,8 @@ class Model(NamedTuple):
 def compile_model(config: ModelConfig, vocab_size: int, *, batch: int, length: int) -> Model:
     """Greedy decoding near the end of caches of `length` tokens."""
     network, steps = Network(config, vocab_size), CALLS_IN_LOOP
+    if length < steps:
+        raise ValueError(f"{length=} must be at least {steps}: so many tokens are decoded before a cache is full")
 
     def run(params: Any, tokens: Array, caches: Any) -> Any:
         # As `train.generate.advance` does.

@@ -62,13 +62,38 @@ def init_cache(
         shape = (batch_size, length, num_kv_heads)
         return KeyValue(jnp.zeros((*shape, head_dim), dtype), jnp.zeros((*shape, value_head_dim), dtype))
 
-    return NSACache(
-        compressed=zeros(config.num_compressed(max_length)),
-        selected=zeros(max_length),
-        window=zeros(config.window),
-        uncompressed=zeros(config.compress_block),
-        lengths=jnp.zeros((batch_size,), jnp.int32),
-    )
+    branches = {name: zeros(length) for name, length in _num_rows(max_length, config).items()}
+    return NSACache(**branches, lengths=jnp.zeros((batch_size,), jnp.int32))
+
+
+def _num_rows(max_length: int, config: NSAConfig) -> dict[str, int]:
+    compressed = config.num_compressed(max_length)
+    return dict(compressed=compressed, selected=max_length, window=config.window, uncompressed=config.compress_block)
+
+
+def check_cache(
+    cache: NSACache, *, batch_size: int, num_kv_heads: int, head_dim: int, value_head_dim: int, config: NSAConfig
+) -> None:
+    """Raise `ValueError` for a cache that `init_cache` makes for no `max_length` with these sizes."""
+    if not isinstance(cache, NSACache):
+        raise ValueError(f"cache must be an NSACache, as init_cache makes it, but it is a {type(cache).__name__}")
+    if cache.lengths.ndim != 1 or cache.lengths.dtype != jnp.int32:
+        raise ValueError(
+            f"cache.lengths must be int32 [B], but it is {cache.lengths.dtype} of shape {cache.lengths.shape}"
+        )
+    if cache.lengths.shape != (batch_size,):
+        raise ValueError(f"the cache holds {cache.lengths.shape[0]} sequences, but x has {batch_size}")
+    dtype, remedy = cache.selected.key.dtype, "make the cache with init_cache of the layer that reads it"
+    if str(dtype) not in FLOATS:
+        raise ValueError(f"cache.selected.key has {dtype=!s}, which must be one of {', '.join(FLOATS)}: {remedy}")
+    for name, num_rows in _num_rows(cache.max_length, config).items():
+        for which, letter, size in (("key", "H", head_dim), ("value", "V", value_head_dim)):
+            array, shape = getattr(getattr(cache, name), which), (batch_size, num_rows, num_kv_heads, size)
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(
+                    f"cache.{name}.{which} must be {dtype} [B, rows, K, {letter}] = {shape}, "
+                    f"but it is {array.dtype} of shape {array.shape}: {remedy}"
+                )
 
 
 class Window(NamedTuple):

@@ -11,11 +11,11 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int32
 
 from nsa_jax import ops
-from nsa_jax.cache import NSACache, extend, init_cache, recent_window
+from nsa_jax.cache import NSACache, check_cache, extend, init_cache, recent_window
 from nsa_jax.compression import COMPRESSIONS
 from nsa_jax.config import NSAConfig, check_segment_ids
 from nsa_jax.reference import segment_starts
-from nsa_jax.shapes import Blocks, Gates, Key, KeyValue, Out, Position, Query, SegmentIds
+from nsa_jax.shapes import Blocks, Gates, Key, KeyValue, Lengths, Out, Position, Query, SegmentIds
 
 
 class Projections(NamedTuple):
@@ -181,7 +181,7 @@ class NativeSparseAttention(nnx.Module):
 
     @overload
     def __call__(
-        self, x: Float[Array, "B T E"], *, cache: NSACache, lengths: Int32[Array, "B"] | None = None
+        self, x: Float[Array, "B T E"], *, cache: NSACache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "B T O"], NSACache]: ...
 
     def __call__(
@@ -190,7 +190,7 @@ class NativeSparseAttention(nnx.Module):
         *,
         segment_ids: SegmentIds | None = None,
         cache: NSACache | None = None,
-        lengths: Int32[Array, "B"] | None = None,
+        lengths: Lengths | None = None,
     ) -> Float[Array, "B T O"] | tuple[Float[Array, "B T O"], NSACache]:
         """Attention of x to itself, or, with a cache, to all that the cache has seen and x.
 
@@ -199,16 +199,16 @@ class NativeSparseAttention(nnx.Module):
             segment_ids: int32 `[B, T]`, non-decreasing: packed documents, each seeing itself alone. Not with a cache.
             cache: from `init_cache` or an earlier call; x continues its sequences. Any T: prefill in one call or in chunks,
                 and decoding (T = 1), are one function, and give what one call without cache gives.
-            lengths: int32 `[B]`, with a cache: the first `lengths[b]` tokens of `x[b]` are real; all T if None. The others
-                do not enter the cache, and their outputs are finite and unspecified.
+            lengths: int32 `[B]`, or a list of B ints, with a cache: the first `lengths[b]` tokens of `x[b]` are real; all T
+                if None. The others do not enter the cache, and their outputs are finite and unspecified.
 
         Returns:
             `[B, T, out_features]`; with a cache, that and the cache grown by x. Tokens past the cache's `max_length` are not
             written, and their outputs are NaN, where lengths are traced.
 
         Raises:
-            ValueError: a wrong shape, a cache beside `segment_ids`, `lengths` without a cache, or, where lengths are concrete,
-                more tokens than `max_length`.
+            ValueError: a wrong shape, a cache of another layer's sizes or beside `segment_ids`, `lengths` without a cache, or,
+                where lengths are concrete, more tokens than `max_length`.
         """
         if cache is not None:
             if segment_ids is not None:
@@ -302,16 +302,13 @@ class NativeSparseAttention(nnx.Module):
         return x if self.rope_theta is None else rotate(x, positions, theta=self.rope_theta)
 
     def _with_cache(
-        self, x: Float[Array, "B T E"], cache: NSACache, lengths: Int32[Array, "B"] | None
+        self, x: Float[Array, "B T E"], cache: NSACache, lengths: Lengths | None
     ) -> tuple[Float[Array, "B T O"], NSACache]:
         self._check(x, None)
         batch, num_new = x.shape[:2]
-        if cache.lengths.shape != (batch,):
-            raise ValueError(f"the cache holds {cache.lengths.shape[0]} sequences, but x has {batch}")
-        check_cache_room(cache.lengths, num_new, lengths, max_length=cache.max_length)
-        num_real = jnp.full((batch,), num_new, jnp.int32)
-        if lengths is not None:
-            num_real = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, num_new)
+        sizes = dict(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, value_head_dim=self.value_head_dim)
+        check_cache(cache, batch_size=batch, **sizes, config=self.config)
+        num_real = num_real_tokens(cache.lengths, num_new, lengths, max_length=cache.max_length)
         projections = self.project(x, start=cache.lengths)
         grown = extend(
             cache,
@@ -345,28 +342,31 @@ class NativeSparseAttention(nnx.Module):
         return mark_overflow(out, cache.lengths, num_real, max_length=cache.max_length), grown
 
 
-def check_cache_room(
-    seen: Int32[Array, "B"], num_new: int, lengths: Int32[Array, "B"] | None, *, max_length: int
-) -> None:
-    """Raise `ValueError` for lengths of a wrong shape, and, where they can be read, that do not fit."""
-    if lengths is not None:
-        if lengths.shape != seen.shape or not jnp.issubdtype(lengths.dtype, jnp.integer):
+def num_real_tokens(
+    seen: Int32[Array, "B"], num_new: int, lengths: Lengths | None, *, max_length: int
+) -> Int32[Array, "B"]:
+    """How many of the new tokens of each sequence are real: `lengths`, or all.
+
+    Raises:
+        ValueError: lengths are no integers `[B]`, or, where they can be read, do not fit.
+    """
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(lengths))
+    given = num_new if lengths is None else jnp.asarray(lengths) if traced else np.asarray(lengths)
+    if not isinstance(given, int):
+        if given.shape != seen.shape or not jnp.issubdtype(given.dtype, jnp.integer):
             raise ValueError(
-                f"lengths must be int32 [B] = {seen.shape}, but it is {lengths.dtype} of shape {lengths.shape}"
+                f"lengths must be int32 [B] = {seen.shape}, but it is {given.dtype} of shape {given.shape}"
             )
-        if (
-            not isinstance(lengths, jax.core.Tracer)
-            and ((np.asarray(lengths) < 0) | (np.asarray(lengths) > num_new)).any()
-        ):
-            raise ValueError(f"lengths={np.asarray(lengths)} must lie between 0 and the {num_new} tokens of x")
-    if isinstance(seen, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
-        return
-    after = np.asarray(seen) + (num_new if lengths is None else np.asarray(lengths))
-    if (after > max_length).any():
-        raise ValueError(
-            f"the cache has room for max_length={max_length} tokens, but sequence {int(after.argmax())} would hold "
-            f"{int(after.max())}: make it with init_cache(batch_size, max_length={int(after.max())}) or more"
-        )
+        if not traced and ((given < 0) | (given > num_new)).any():
+            raise ValueError(f"lengths={given} must lie between 0 and the {num_new} tokens of x")
+    if not traced and not isinstance(seen, jax.core.Tracer):
+        after = np.asarray(seen) + given
+        if (after > max_length).any():
+            raise ValueError(
+                f"the cache has room for max_length={max_length} tokens, but sequence {int(after.argmax())} would hold "
+                f"{int(after.max())}: make it with init_cache(batch_size, max_length={int(after.max())}) or more"
+            )
+    return jnp.clip(jnp.broadcast_to(jnp.asarray(given, jnp.int32), seen.shape), 0, num_new)
 
 
 def mark_overflow(

@@ -10,9 +10,11 @@
 The layout is always `[B, T, N, H]`, as in `jax.nn.dot_product_attention`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int32
+import numpy as np
+from jaxtyping import Array, Float, Int32, Integer
 
 Query = Float[Array, "B T N H"]
 Key = Float[Array, "B S K H"]
@@ -25,6 +27,9 @@ SegmentIds = Int32[Array, "B S"]
 
 # A position in tokens: one for the batch (a Python int or a traced scalar) or one per sequence.
 Position = int | Int32[Array, ""] | Int32[Array, "B"]
+
+# How many tokens of each sequence are real, as users give it.
+Lengths = Int32[Array, "B"] | Integer[np.ndarray, "B"] | Sequence[int | Array]
 
 
 class KeyValue(NamedTuple):

@@ -19,6 +19,7 @@ from train.config import PRESETS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+ONE_LAYER = dataclasses.replace(PRESETS["tiny"][1].model, num_layers=1, nsa=NSAConfig())
 SHAPE = Shape(batch=2, heads=4, kv_heads=2, head_dim=8, value_head_dim=8, dtype="float32")
 
 
@@ -49,11 +50,20 @@ def test_a_loop_goes_through_its_problems():
 
 
 def test_the_model_decodes_in_place():
-    model = dataclasses.replace(PRESETS["tiny"][1].model, num_layers=1)
-    compiled = steps.compile_model(model, 257, batch=2, length=4096)
+    """The caches are among what is aliased, and of what there is besides not one of their large arrays could be a copy."""
+    compiled = steps.compile_model(ONE_LAYER, 257, batch=2, length=16384)
     entry = compiled.time()
     assert entry["ms"] > 0 and entry["tokens_per_second"] == pytest.approx(2e3 / entry["ms"])
-    assert entry["aliased_bytes"] >= entry["cache_bytes"] > 4096 * 2 * 2 * 64 * 4
+    one_array = 16384 * 2 * 2 * 32 * 4
+    assert entry["aliased_bytes"] >= entry["cache_bytes"] > 2 * one_array
+    assert entry["temporary_bytes"] < one_array / 2
+
+
+def test_a_model_decodes_more_tokens_than_none():
+    with pytest.raises(
+        ValueError, match="length=19 must be at least 20: so many tokens are decoded before a cache is full"
+    ):
+        steps.compile_model(ONE_LAYER, 257, batch=1, length=19)
 
 
 @pytest.fixture
@@ -109,9 +119,47 @@ def test_wrong_kernels_have_no_time(as_on_a_gpu, monkeypatch, tmp_path: Path, ca
     wrong = right._replace(decode_step=lambda *arguments, **more: 1.1 * right.decode_step(*arguments, **more))
     monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas", wrong)
     path = tmp_path / "record.json"
-    assert decode.main([*SIZES, "--no-model", "--json", str(path)]) == 1
+    files = ["--json", str(path), "--plot", str(tmp_path / "figure.png")]
+    assert decode.main([*SIZES, "--no-model", *files]) == 1
     assert "so they have no time" in capsys.readouterr().err
     assert json.loads(path.read_text())["results"] == []
+
+
+@pytest.mark.parametrize("sequence", [0, 2])
+def test_kernels_that_are_wrong_at_a_length_that_is_timed(as_on_a_gpu, monkeypatch, tmp_path: Path, capsys, sequence):
+    """Right for the sequences of the first check, up to 80 tokens, and, at 96, for all but the first or the last of three."""
+    right = ops.IMPLEMENTATIONS["xla"]
+
+    def partly(query, compressed, selected, *rest, **more):
+        out = right.decode_step(query, compressed, selected, *rest, **more)
+        return out.at[sequence].multiply(1.1) if selected.key.shape[1] > 80 else out
+
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas", right._replace(decode_step=partly))
+    path = tmp_path / "record.json"
+    files = ["--json", str(path), "--plot", str(tmp_path / "figure.png")]
+    assert decode.main([*SIZES, "--batches", "3", "--no-model", *files]) == 1
+    written, said = json.loads(path.read_text()), capsys.readouterr()
+    assert "correct at [80, 31, 1] tokens" in said.out and "so they have no time" in said.err
+    assert written["results"] == [] and written["wrong"].startswith("decode step: error ")
+
+
+def test_a_model_is_timed_beside(as_on_a_gpu, monkeypatch, tmp_path: Path, capsys):
+    """And of a cache too short for its steps the reason stands there."""
+    of_base = dataclasses.replace(PRESETS["base"][1], model=ONE_LAYER)
+    monkeypatch.setitem(PRESETS, "base", (PRESETS["base"][0], of_base))
+    path = tmp_path / "record.json"
+    arguments = [*SIZES, "--lengths", "16", "96", "--batches", "2"]
+    assert decode.main([*arguments, "--json", str(path), "--plot", str(tmp_path / "figure.png")]) == 0
+    short, row = json.loads(path.read_text())["results"]
+    assert row["errors_of_sequences"] == [0.0, 0.0]
+    model = row["model"]
+    assert model["ms"] > 0 and model["tokens_per_second"] == pytest.approx(2e3 / model["ms"])
+    # Keys and values of 96 tokens, of 5 compressed ones, of the window and of what is not compressed yet; lengths.
+    assert model["cache_bytes"] == 2 * (96 + 5 + 512 + 32) * 2 * 2 * 32 * 4 + 2 * 4 <= model["aliased_bytes"]
+    said = capsys.readouterr().out
+    assert f", model {model['ms'] * 1e3:.1f}\n" in said and f"{model['tokens_per_second']:.0f}\n" in said
+    assert "failed: B=2 16 tokens, model: ValueError: length=16 must be at least 20" in said
+    assert "tokens_per_second" not in short["model"] and short["nsa"]["ms"] > 0
 
 
 def test_tuning_writes_the_fastest(as_on_a_gpu, monkeypatch, tmp_path: Path):

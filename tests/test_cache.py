@@ -1,7 +1,9 @@
 """Decoding: the cached layer gives what one call without cache gives, at every position, however the text arrives."""
 
+import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ from nsa_jax import cache as cache_module
 from nsa_jax.compression import COMPRESSIONS
 from nsa_jax.testing import SMALL
 from tests.programs import QUICK
+from train.config import ModelConfig
+from train.model import DenseAttention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
 
@@ -424,6 +428,129 @@ def test_calls_that_do_not_fit(batch, lengths, message, unchecked_shapes):
     module = make()
     with pytest.raises(ValueError, match=message):
         module(jnp.zeros((batch, 4, 10)), cache=module.init_cache(3, 12), lengths=lengths)
+
+
+LISTS = [
+    ([1.0, 2.0, 3.0], r"lengths must be int32 \[B\] = \(3,\), but it is float64 of shape \(3,\)"),
+    ([True, False, True], r"lengths must be int32 \[B\] = \(3,\), but it is bool of shape \(3,\)"),
+    (2, r"lengths must be int32 \[B\] = \(3,\), but it is int64 of shape \(\)"),
+    ([1, 2], r"lengths must be int32 \[B\] = \(3,\), but it is int64 of shape \(2,\)"),
+    ("abc", r"lengths must be int32 \[B\] = \(3,\), but it is <U3 of shape \(\)"),
+    # In int32 it would be 0.
+    ([1, 2, 2**32], r"lengths=\[ +1 +2 4294967296\] must lie between 0 and the 4 tokens of x"),
+    (np.asarray([1, 2, 2**32]), r"lengths=\[ +1 +2 4294967296\] must lie between 0 and the 4 tokens of x"),
+]
+
+
+@pytest.mark.parametrize("lengths, message", LISTS, ids=[message[:45] for _, message in LISTS])
+@pytest.mark.parametrize("attention", ["nsa", "full"])
+def test_lengths_that_are_no_lengths(attention, lengths, message, unchecked_shapes):
+    module = make() if attention == "nsa" else dense()
+    cache = jax.eval_shape(lambda: module.init_cache(3, 12))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda cache: module(jnp.zeros((3, 4, 10)), cache=cache, lengths=lengths), cache)
+
+
+def dense():
+    config = ModelConfig(attention="full", model_dim=10, num_heads=1, num_kv_heads=1, head_dim=2, value_head_dim=2)
+    init = nnx.initializers.zeros_init()
+    return DenseAttention(config, kernel_init=init, out_kernel_init=init, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full"])
+def test_lengths_as_a_list(attention):
+    """Or in NumPy, of any integers, or of a list of traced numbers."""
+    module = make() if attention == "nsa" else dense()
+    cache = module.init_cache(3, 12)
+
+    @jax.jit
+    def grown(cache):
+        x = jnp.zeros((3, 4, 10))
+        kinds = (
+            [1, 4, 0],
+            np.asarray([1, 4, 0]),
+            np.asarray([1, 4, 0], np.uint8),
+            [jnp.int32(1), cache.lengths[0] + 4, 0],
+        )
+        return [module(x, cache=cache, lengths=lengths)[1].lengths for lengths in kinds]
+
+    for lengths in grown(cache):
+        assert lengths.dtype == jnp.int32 and lengths.tolist() == [1, 4, 0]
+
+
+def reshaped(which, **changes):
+    """An edit of a branch: of one of its arrays, in shapes, other axes or another dtype."""
+
+    def edit(pair):
+        x = getattr(pair, which)
+        shape = tuple(changes.get(axis, size) for axis, size in zip(("batch", "rows", "heads", "size"), x.shape))
+        return pair._replace(**{which: jax.ShapeDtypeStruct(shape, changes.get("dtype", x.dtype))})
+
+    return edit
+
+
+REMEDY = ": make the cache with init_cache of the layer that reads it"
+OTHERS = [
+    (
+        dict(head_dim=8),
+        r"cache.compressed.key must be float32 [B, rows, K, H] = (3, 5, 2, 6), but it is float32 of shape (3, 5, 2, 8)",
+    ),
+    (
+        dict(value_head_dim=6),
+        "cache.compressed.value must be float32 [B, rows, K, V] = (3, 5, 2, 3), but it is float32 of shape (3, 5, 2, 6)",
+    ),
+    (dict(num_kv_heads=4), "= (3, 5, 2, 6), but it is float32 of shape (3, 5, 4, 6)"),
+    (dict(config=SMALL), "cache.compressed.key must be"),
+    # A ring that is too large held too much for a prompt's queries, and nobody noticed.
+    (
+        dict(config=dataclasses.replace(TINY, window=6)),
+        "cache.window.key must be float32 [B, rows, K, H] = (3, 5, 2, 6), but it is float32 of shape (3, 6, 2, 6)",
+    ),
+    (dict(config=dataclasses.replace(TINY, window=4)), "cache.window.key must be"),
+    (
+        dict(uncompressed=reshaped("key", rows=5)),
+        "cache.uncompressed.key must be float32 [B, rows, K, H] = (3, 4, 2, 6), but it is float32 of shape (3, 5, 2, 6)",
+    ),
+    (dict(selected=reshaped("value", rows=13)), "cache.selected.value must be"),
+    (dict(window=reshaped("value", batch=1)), "cache.window.value must be"),
+    (
+        dict(uncompressed=reshaped("value", dtype=jnp.bfloat16)),
+        "= (3, 4, 2, 3), but it is bfloat16 of shape (3, 4, 2, 3)",
+    ),
+    (
+        dict(selected=reshaped("key", dtype=jnp.int8)),
+        "cache.selected.key has dtype=int8, which must be one of float32, bfloat16, float16",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, message", OTHERS, ids=[message[:40] for _, message in OTHERS])
+def test_caches_of_other_layers(change, message, unchecked_shapes):
+    """For a prompt as for a token."""
+    module, edits = make(), {name: edit for name, edit in change.items() if name in NSACache._fields}
+    sizes = {name: SIZES[name] for name in ("num_kv_heads", "head_dim", "value_head_dim", "config")} | dict(
+        dtype=jnp.float32
+    )
+    sizes |= {name: value for name, value in change.items() if name not in edits}
+    cache = jax.eval_shape(functools.partial(cache_module.init_cache, 3, 12, **sizes))
+    cache = cache._replace(**{name: edit(getattr(cache, name)) for name, edit in edits.items()})
+    for num_new in (1, 4):
+        with pytest.raises(ValueError, match=f"{re.escape(message)}.*{REMEDY}"):
+            module(jnp.zeros((3, num_new, 10)), cache=cache)
+
+
+@pytest.mark.parametrize("shape, dtype", [((), "int32"), ((3, 1), "int32"), ((3,), "int16"), ((3,), "float32")])
+def test_lengths_of_a_cache(shape, dtype, unchecked_shapes):
+    cache = make().init_cache(3, 12)._replace(lengths=jnp.zeros(shape, dtype))
+    message = f"cache.lengths must be int32 [B], but it is {dtype} of shape {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()(jnp.zeros((3, 1, 10)), cache=cache)
+
+
+def test_what_is_no_cache(unchecked_shapes):
+    module = make()
+    with pytest.raises(ValueError, match="cache must be an NSACache, as init_cache makes it, but it is a list"):
+        module(jnp.zeros((3, 1, 10)), cache=[module.init_cache(3, 12)])
 
 
 @pytest.mark.parametrize("name", ["batch_size", "max_length"])

@@ -406,7 +406,10 @@ def test_generate_refuses_what_does_not_fit(call, tiny_run):
             "max_tokens=29 must lie between 1 and 28: the prompt has 4 of the context's 32",
         ),
         (["--prompt", "the ", "--max-tokens", 0], "max_tokens=0 must lie between 1 and 28"),
-        (["--prompt", "the ", "--temperature", -0.1], "temperature=-0.1 must be at least 0"),
+        (
+            ["--prompt", "the ", "--temperature", -0.1],
+            "temperature=-0.1 must be 0, which takes the most likely token, or",
+        ),
         (["--prompt", "the ", "--top-k", 0], "top_k=0 must be at least 1"),
         (["--prompt", "the ", "--top-p", 1.5], "top_p=1.5 must be above 0 and at most 1"),
         (["--prompt", "the ", "--stop", "ab"], "stop='ab' must be one token of the run's tokenizer"),

@@ -5,7 +5,11 @@ All lengths are one batch, each sequence a cache of its own, with NaN wherever t
 
 import dataclasses
 import functools
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +29,7 @@ from tests.test_lowering import for_cuda, read_kernels, verified_kernels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
 
+ROOT = Path(__file__).parents[1]
 # Several tiles, splits and parts of the window at lengths of tens of tokens.
 TILES = dataclasses.replace(
     tiles.rule("float32", 16, 16, 1),
@@ -195,6 +200,43 @@ def test_vmap_is_a_loop():
         assert_as_accurate(got, one, one)
 
 
+WIDE = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nsa_jax import NativeSparseAttention, NSAConfig
+from tests.programs import QUICK
+
+assert jax.numpy.arange(3).dtype == "int64"
+sizes = dict(num_kv_heads=1, head_dim=8, config=NSAConfig(4, 2, 4, 3, 1, 1, 5))
+layer, judge = (
+    NativeSparseAttention(2, 16, **sizes, implementation=name, rngs=nnx.Rngs(0)) for name in ("pallas_interpret", "xla")
+)
+graph, state = nnx.split(layer)
+step = jax.jit(lambda state, x, cache: nnx.merge(graph, state)(x, cache=cache), compiler_options=QUICK)
+x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 26, 16)), jnp.float32)
+cache, outs = layer.init_cache(2, 26), []
+for token in jnp.split(x, 26, axis=1):
+    out, cache = step(state, token, cache)
+    outs.append(out)
+assert {str(array.dtype) for array in (*outs, *jax.tree.leaves(cache[:-1]))} == {"float32"}
+assert cache.lengths.dtype == "int32" and cache.lengths.tolist() == [26, 26]
+expected = jax.jit(lambda: judge(x))()
+np.testing.assert_allclose(jnp.concatenate(outs, axis=1), expected, rtol=1e-4, atol=1e-5)
+assert abs(expected).max() > 0.1
+"""
+
+
+def test_decoding_where_64_bit_numbers_are_on():
+    """From the first token to over all boundaries; int32 stays int32 in the kernels and in the cache."""
+    environment = os.environ | dict(JAX_ENABLE_X64="1", JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_PLATFORMS="cpu")
+    command = [sys.executable, "-c", WIDE]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_planted_fault_is_found(monkeypatch):
     """By the comparison with loops. It changes which blocks are chosen, and nothing else: no other would show less."""
     inputs, wanted = plain()
@@ -270,3 +312,10 @@ def test_configs_lower_for_cuda(config, dtype):
     for length in (1, 5000):
         kernels = 3 if config.num_compressed(length) else 2
         assert verified_kernels(lowered(config, batch=1, length=length, **sizes)) == kernels
+
+
+@pytest.mark.parametrize("config, dtype", CONFIGS[:2], ids=str)
+def test_configs_lower_where_64_bit_numbers_are_on(config, dtype):
+    with jax.enable_x64(True):
+        program = lowered(config, batch=1, length=5000, kv_heads=2, group=2, size=16, value_size=24, dtype=dtype)
+    assert verified_kernels(program) == 3

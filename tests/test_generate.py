@@ -1,6 +1,7 @@
 """Text through the cache: what the uncached model would say, the same from the same seed, from one compiled program."""
 
 import dataclasses
+import functools
 import re
 import typing
 
@@ -9,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nsa_jax import NSAConfig
 from tests.tiny import MODEL, random_params
 from train.config import AttentionName
 from train.generate import (
+    LEAST_TEMPERATURE,
     Continuation,
     InOrder,
     Pieces,
     Sampling,
     advance,
+    empty_state,
     generate,
     generate_batch,
     generate_tokens,
@@ -96,6 +100,23 @@ def test_one_compiled_program_draws_all_tokens(one_layer, monkeypatch):
     # The most likely text has no seed. The model has seen no other letters than these.
     assert texts[0] == texts[1]
     assert all(len(text) == 20 and set(text) <= set("abcdefghijklmnopqrstuvwxyz ") for text in texts)
+
+
+def test_the_loop_copies_no_cache():
+    """The state is written in place, from token to token as well: no temporary could hold one of its large arrays."""
+    network = Network(dataclasses.replace(MODEL, num_layers=1, head_dim=32, value_head_dim=32, nsa=NSAConfig()), VOCAB)
+    params = network.abstract_params()
+    empty = functools.partial(empty_state, network, batch=2, max_length=16384, max_tokens=9)
+    state, keys = jax.eval_shape(empty, params), jax.eval_shape(lambda: jax.random.split(jax.random.key(0)))
+    limits = jax.ShapeDtypeStruct((2,), jnp.int32)
+    program = advance.lower(
+        network, params, state, keys, limits, 9, sampling=Sampling(0.9, 5, 0.9), stop=(1,)
+    ).compile()
+    found, (cache,) = program.memory_analysis(), state.caches
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    assert max(sizes) == cache.selected.key.size * 4 == 2 * 16384 * 32 * 4
+    assert found.alias_size_in_bytes >= sum(sizes)
+    assert found.temp_size_in_bytes < max(sizes) / 2
 
 
 def test_a_stop_token_ends_a_row(window):
@@ -241,7 +262,7 @@ def kept(probabilities: list[float], **sampling) -> set[int]:
 
 def test_top_p_keeps_the_fewest_most_likely_tokens_that_suffice():
     mixed = [0.1, 0.5, 0.15, 0.25]
-    assert kept(mixed, top_p=0.01) == {1}
+    assert kept(mixed, top_p=0.01) == kept(mixed, top_p=1e-50) == {1}
     assert kept(mixed, top_p=0.49) == {1}
     assert kept(mixed, top_p=0.51) == {1, 3}
     assert kept(mixed, top_p=0.74) == {1, 3}
@@ -328,8 +349,11 @@ def test_what_does_not_fit_is_refused(tiny_run):
             ValueError, match=rf"max_tokens={max_tokens} must lie between 1 and 22: the prompt has 10 of"
         ):
             draw("the quick ", max_tokens=max_tokens)
-    for temperature in (-0.5, float("nan")):
-        with pytest.raises(ValueError, match=rf"temperature={temperature} must be at least 0"):
+    for temperature in (-0.5, float("nan"), float("inf"), 1e-39, 9e-7):
+        problem = (
+            f"temperature={temperature} must be 0, which takes the most likely token, or a finite number of at least"
+        )
+        with pytest.raises(ValueError, match=f"{problem} 1e-06"):
             draw("the", temperature=temperature)
     with pytest.raises(ValueError, match="top_k=0 must be at least 1"):
         draw("the", top_k=0)
@@ -345,6 +369,15 @@ def test_what_does_not_fit_is_refused(tiny_run):
     ):
         with pytest.raises(ValueError, match=problem):
             generate_batch(tiny_run.run, prompts, sampling=GREEDY, **options)
+
+
+def test_the_least_temperature_overflows_nothing():
+    """As large as logits of a model may be, the most likely is drawn; at a temperature as large as may be, any."""
+    logits = jnp.broadcast_to(jnp.asarray([-1e30, 0.9e30, 1e30, -1e30], jnp.float32), (100, 4))
+    keys = jax.random.split(jax.random.key(0), 100)
+    for temperature, drawn in ((LEAST_TEMPERATURE, {2}), (1e300, {0, 1, 2, 3})):
+        Sampling(temperature).check()
+        assert set(np.asarray(sample(logits, keys, Sampling(temperature))).tolist()) == drawn
 
 
 def test_an_empty_prompt_begins_a_document():

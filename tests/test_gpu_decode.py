@@ -1,7 +1,12 @@
 """Decoding on a GPU: through the kernels, over every boundary, in loops, and without a copy of the cache."""
 
 import functools
+import gzip
+import itertools
+import json
 import math
+from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,9 @@ from jax import lax
 from nsa_jax import NativeSparseAttention, NSAConfig, ops
 from nsa_jax.testing import PAPER, SMALL, Case, assert_as_accurate, make_inputs
 from tests.posed import ring_of
+from train.config import ModelConfig
+from train.generate import Sampling, advance, empty_state, read
+from train.model import Network
 
 pytestmark = pytest.mark.gpu
 
@@ -60,7 +68,12 @@ def rolled(layer, x, *, prompt: int):
     return out, at, outs, cache
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@nnx.jit
+def chosen(layer, x):
+    return layer.select_blocks(x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_prompt_and_scan_give_what_the_whole_text_gives(dtype: str):
     kernels, reference, wide = layers(dtype)
     x = text()
@@ -75,8 +88,13 @@ def test_prompt_and_scan_give_what_the_whole_text_gives(dtype: str):
                 got[b, position] = row
     assert np.isfinite(got).all()
     # In 16 bits a choice may differ where scores are close, and with it an output: in few positions, and not by much.
-    error, allowed = np.abs(got - exact).max(axis=-1), 2 * np.abs(want - exact).max() + 1e-4
+    # (In the reference, in 1 of 200, and by 1/14 of the largest output.) All others err as the reference does that has
+    # chosen as float32 does.
+    alike = (np.asarray(chosen(reference, x)) == np.asarray(chosen(wide, x))).all(axis=(2, 3))
+    assert alike.mean() >= (1.0 if dtype == "float32" else 0.98)
+    error, allowed = np.abs(got - exact).max(axis=-1), 2 * np.abs(want - exact)[alike].max() + 1e-4
     assert np.mean(error > allowed) <= (0.0 if dtype == "float32" else 0.02)
+    assert error.max() <= np.abs(exact).max() / 5
 
 
 def test_in_a_while_loop_as_generation_does():
@@ -98,13 +116,16 @@ def test_in_a_while_loop_as_generation_does():
     np.testing.assert_allclose(run(kernels, x), whole(wide, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("group, size, value_size", [(16, 128, 128), (1, 64, 64), (5, 192, 128), (64, 64, 64)])
-def test_one_step_at_the_sizes_of_models(dtype: str, group: int, size: int, value_size: int):
+MODELS = [(16, 128, 128), (1, 64, 64), (5, 192, 128), (64, 64, 64)]
+MODELS_IN_DTYPES = [*itertools.product(["float32", "bfloat16"], MODELS), ("float16", MODELS[0]), ("float16", MODELS[2])]
+
+
+@pytest.mark.parametrize("dtype, sizes", MODELS_IN_DTYPES, ids=str)
+def test_one_step_at_the_sizes_of_models(dtype: str, sizes: tuple[int, int, int]):
     """Ragged lengths up to 20000 tokens, NaN wherever nothing may be read; the same bits twice."""
-    lengths = np.asarray([20000, 31, 1, 4097, 64, 600])
-    sizes = dict(heads=2 * group, kv_heads=2, head_dim=size, value_head_dim=value_size)
-    case = Case(PAPER, batch=6, queries=1, keys=20000, **sizes)
+    lengths, (group, size, value_size) = np.asarray([20000, 31, 1, 4097, 64, 600]), sizes
+    shape = dict(heads=2 * group, kv_heads=2, head_dim=size, value_head_dim=value_size)
+    case = Case(PAPER, batch=6, queries=1, keys=20000, **shape)
     inputs = make_inputs(case, dtype=dtype)
     rows = np.arange(20000)[None, :, None, None]
     ends = np.asarray([PAPER.num_compressed(int(n)) for n in lengths])
@@ -215,3 +236,57 @@ def test_a_donated_cache_is_written_in_place(dtype: str):
     found = program.memory_analysis()
     assert found.alias_size_in_bytes == size
     assert found.temp_size_in_bytes < size / 16
+
+
+def count_events(folder: Path) -> tuple[Counter, Counter]:
+    """Of the one profile in a folder: how often each event of the host occurs, and each of the streams of a GPU."""
+    [path] = folder.rglob("*.trace.json.gz")
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    named = [e for e in events if e.get("ph") == "M"]
+    processes = {e["pid"]: e["args"]["name"] for e in named if e["name"] == "process_name"}
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in named if e["name"] == "thread_name"}
+    host, device = Counter(), Counter()
+    for event in events:
+        if event.get("ph") == "X":
+            if "GPU" not in processes.get(event["pid"], ""):
+                host[event["name"]] += 1
+            # Beside the streams there are lines for modules and operations, made of the same events.
+            elif threads.get((event["pid"], event["tid"]), "").startswith("Stream"):
+                device[event["name"]] += 1
+    return host, device
+
+
+def test_a_step_of_a_model_is_one_cuda_graph(tmp_path: Path):
+    """As `train generate` draws: what a step launches, the host sends at once; of it three kernels a layer are attention's."""
+    num_layers, before, steps = 2, 4, 16
+    sizes = dict(num_heads=8, num_kv_heads=2, head_dim=32, value_head_dim=32, model_dim=64, mlp_dim=128)
+    config = ModelConfig(**sizes, num_layers=num_layers, dtype="bfloat16", nsa=SMALL, implementation="pallas")
+    network = Network(config, 50)
+    params, limits = network.init(0), jnp.full((2,), before + steps, jnp.int32)
+    state = empty_state(network, params, batch=2, max_length=64, max_tokens=before + steps)
+    prompt = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
+    state = read(network, params, state, prompt, jnp.asarray([8, 3], jnp.int32))
+    keys = jax.random.split(jax.random.key(0))
+    lowered = advance.lower(network, params, state, keys, limits, jnp.int32(0), sampling=Sampling(0), stop=())
+    # Else XLA may launch kernel by kernel where it is watched.
+    draw = lowered.compile({"xla_enable_command_buffers_during_profiling": True})
+    # Makes the graph.
+    state = jax.block_until_ready(draw(params, state, keys, limits, jnp.int32(before)))
+    until = jax.block_until_ready(jnp.int32(before + steps))
+    with jax.profiler.trace(str(tmp_path)):
+        state = jax.block_until_ready(draw(params, state, keys, limits, until))
+    assert int(state.drawn) == before + steps
+    host, device = count_events(tmp_path)
+    for kernel in ("compressed", "choice", "selected"):
+        count = sum(count for name, count in device.items() if f"nsa_decode_{kernel}" in name)
+        assert count == num_layers * steps, (kernel, device)
+    graphs, singly = (
+        sum(count for name, count in host.items() if name.startswith(call))
+        for call in ("cuGraphLaunch", "cuLaunchKernel")
+    )
+    kernels = sum(count for name, count in device.items() if not name.startswith(("Memcpy", "Memset")))
+    # The loop's condition is none of the graph's.
+    assert 1 <= graphs <= steps and singly < kernels / 4, (graphs, singly, kernels, host)
+    # Projections, rotary, norms, phi and what is written to the cache: tens of kernels a layer, at any length.
+    assert kernels <= 60 * (num_layers + 1) * steps, device

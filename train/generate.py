@@ -8,6 +8,7 @@ it would hold the device up at every token, and an exception in it, such as a cl
 
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ PREFILL_CHUNK = 4096
 STREAM_TOKENS = 8
 DEFAULT_MAX_TOKENS = 200
 NO_TOKEN = -1
+# Logits divided by less could overflow; far above it, the most likely token is drawn always.
+LEAST_TEMPERATURE = 1e-6
 
 
 class Sampling(NamedTuple):
@@ -46,8 +49,11 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """Raise `ValueError` for what cannot be drawn with."""
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must be at least 0 (0 takes the most likely token)")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature} must be 0, which takes the most likely token, or a finite number of at "
+                f"least {LEAST_TEMPERATURE}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -68,7 +74,9 @@ def sample(logits: Float[Array, "B vocab"], keys: Array, sampling: Sampling) -> 
         # A token stays if those before it do not suffice.
         before = jnp.cumsum(probability, axis=-1) - probability
         rank = jnp.argsort(order, axis=-1)
-        logits = jnp.where(jnp.take_along_axis(before < sampling.top_p, rank, axis=-1), logits, -jnp.inf)
+        # The first always does, even if p is 0 in float32.
+        stays = jnp.take_along_axis(before < sampling.top_p, rank, axis=-1) | (rank == 0)
+        logits = jnp.where(stays, logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 

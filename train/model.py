@@ -13,10 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from nsa_jax.cache import NSACache
-from nsa_jax.module import NativeSparseAttention, check_cache_room, mark_overflow, rotate
+from nsa_jax.module import NativeSparseAttention, mark_overflow, num_real_tokens, rotate
 from nsa_jax.ops import save_attention
 from nsa_jax.reference import segment_starts
-from nsa_jax.shapes import Key, KeyValue, Out, Query, SegmentIds, Value
+from nsa_jax.shapes import Key, KeyValue, Lengths, Out, Query, SegmentIds, Value
 from train.config import MAX_PACKED_DENSE, ModelConfig
 
 Tokens = Int32[Array, "B T"]
@@ -65,7 +65,7 @@ class DenseAttention(nnx.Module):
         *,
         segment_ids: SegmentIds | None = None,
         cache: DenseCache | None = None,
-        lengths: Int32[Array, "B"] | None = None,
+        lengths: Lengths | None = None,
     ) -> Hidden | tuple[Hidden, DenseCache]:
         length = x.shape[1]
         if cache is None:
@@ -82,13 +82,10 @@ class DenseAttention(nnx.Module):
 
         if segment_ids is not None:
             raise ValueError("cache and segment_ids do not go together: decode each document as a sequence of its own")
-        check_cache_room(cache.lengths, length, lengths, max_length=cache.tokens.key.shape[1])
-        num_real = jnp.full((x.shape[0],), length, jnp.int32)
-        if lengths is not None:
-            num_real = jnp.clip(lengths, 0, length)
+        capacity = cache.tokens.key.shape[1]
+        num_real = num_real_tokens(cache.lengths, length, lengths, max_length=capacity)
         position = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
         query, key, value = self._project(x, position)
-        capacity = cache.tokens.key.shape[1]
         real = jnp.arange(length, dtype=jnp.int32)[None, :] < num_real[:, None]
         rows = jnp.where(real, position, capacity)
         write = jax.vmap(lambda old, rows, new: old.at[rows].set(new.astype(old.dtype), mode="drop"))
@@ -191,7 +188,7 @@ class Layer(nnx.Module):
         x = x + out
         return x + self.mlp(self.mlp_norm(x))
 
-    def with_cache(self, x: Hidden, cache: Any, lengths: Int32[Array, "B"] | None) -> tuple[Hidden, Any]:
+    def with_cache(self, x: Hidden, cache: Any, lengths: Lengths | None) -> tuple[Hidden, Any]:
         out, cache = self.attention(self.attention_norm(x), cache=cache, lengths=lengths)
         x = x + out
         return x + self.mlp(self.mlp_norm(x)), cache
@@ -282,7 +279,7 @@ class LanguageModel(nnx.Module):
         self,
         tokens: Tokens,
         caches: tuple,
-        lengths: Int32[Array, "B"] | None = None,
+        lengths: Lengths | None = None,
         layers: list[Layer] | None = None,
     ) -> tuple[Hidden, tuple]:
         """`hidden` of tokens that continue the caches' sequences; see `NativeSparseAttention`.
