@@ -1,6 +1,7 @@
 """benchmarks/: what needs no GPU: the rule of measurement, inputs, checks, ratios, records and the table of tiles."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from jax.experimental import io_callback
 
 import pallas_kernels
-from benchmarks import attention, checks, problems, record, report, timing, tune
+from benchmarks import attention, checks, kernels, problems, record, report, timing, tune
 from nsa_jax import NSAConfig, ops, overlap
+from pallas_kernels import tiles
+from pallas_kernels.flash import Tile
 from pallas_kernels.tiles import TABLE, Tiles
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -305,9 +308,9 @@ def test_file_names_of_devices():
 # ----------------------------------------------------------------------------------------------------------------- tiles
 
 
-def entry(group: int = 16, **tiles: list[int]) -> dict:
+def entry(group: int = 16, **found: list[int]) -> dict:
     place = {"device": "NVIDIA H200", "compute_capability": "9.0", "dtype": "bfloat16"}
-    return place | {"head_dim": 128, "value_head_dim": 128, "group": group, "jax": "0.11.2", "tiles": tiles}
+    return place | {"head_dim": 128, "value_head_dim": 128, "group": group, "jax": "0.11.2", "tiles": found}
 
 
 def test_the_table_is_written_as_it_is_kept():
@@ -335,8 +338,39 @@ def test_every_kernel_with_a_tile_has_candidates():
     assert tiled == tune.CANDIDATES.keys()
     for kernel, candidates in tune.CANDIDATES.items():
         assert len(set(candidates)) == len(candidates)
-        fitting = [tile for tile in candidates if tune.fits(kernel, tile, 128, 128, 2, 64)]
+        fitting = [tile for tile in candidates if tune.fits(kernel, Tile(*tile), of_group(16), capability="9.0")]
         assert len(fitting) >= 3, kernel
+
+
+def of_group(group: int, size: int = 128, value_size: int = 128, dtype: str = "bfloat16") -> problems.Shape:
+    return problems.Shape(1, 64 * group, 64, size, value_size, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("group", [1, 5, 16, 20, 64])
+@pytest.mark.parametrize("sizes", [(128, 128), (192, 128), (256, 256)], ids=str)
+def test_what_is_timed_is_what_will_run(sizes, group, dtype, monkeypatch, tmp_path: Path):
+    """Any tile that is timed, once it is written, is found again as it is, and the selected branch goes the same way."""
+    monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
+    shape, config = of_group(group, *sizes, dtype), NSAConfig()
+
+    def found(**timed: Tile) -> Tiles:
+        written = entry(group, **{kernel: list(tile) for kernel, tile in timed.items()})
+        written |= {"dtype": dtype, "head_dim": sizes[0], "value_head_dim": sizes[1]}
+        tiles.TABLE.write_text(json.dumps([written] if timed else []))
+        return tiles._lookup.__wrapped__("NVIDIA H200", "9.0", dtype, *sizes, group)
+
+    safe, timed = tune.to_time(shape, config=config, current=found(), capability="9.0")
+    used = kernels.names_in_use(safe, config)
+    for kernel in used:
+        assert len(set(timed[kernel])) == len(timed[kernel])
+        for tile in timed[kernel]:
+            assert getattr(found(**{kernel: tile}), kernel) == tile
+    by_block = timed["selected_by_block"] if "selected_by_block" in used else [safe.selected_by_block]
+    for dkv, forward in itertools.product(timed["selected_dkv"], by_block):
+        written = found(selected_dkv=dkv, selected_by_block=forward)
+        assert set(kernels.names_in_use(written, config)) == set(used)
+    assert ("selected_by_block" in used) == (group < 8 and not (dtype == "float32" and sizes == (256, 256)))
 
 
 def test_a_different_result_is_no_tile():
