@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
@@ -134,17 +135,38 @@ class Inputs(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "query"}
 
 
+def input_shapes(case: Case, *, dtype: Any = jnp.float32) -> Inputs:
+    """Shapes and dtypes of `make_inputs`, of which nothing is drawn."""
+
+    def array(*shape: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def branch(length: int) -> KeyValue:
+        where = (case.batch, length, case.kv_heads)
+        return KeyValue(array(*where, case.head_dim), array(*where, case.value_head_dim))
+
+    def position(start: int | tuple[int, ...]) -> Any:
+        return array(*(() if isinstance(start, int) else (case.batch,)), dtype=jnp.int32)
+
+    return Inputs(
+        query=array(case.batch, case.queries, case.heads, case.head_dim),
+        compressed=branch(case.config.num_compressed(case.keys)),
+        selected=branch(case.keys),
+        window=branch(case.keys if case.window_keys is None else case.window_keys),
+        gates=array(case.batch, case.queries, case.heads, 3),
+        query_start=position(case.query_start),
+        window_start=position(case.window_start),
+        segment_ids=None if case.segments is None else array(case.batch, case.keys, dtype=jnp.int32),
+    )
+
+
 def make_inputs(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> Inputs:
     """Seeded Gaussian inputs: drawn in float32, then rounded to `dtype`; gates uniform in [0, 1]."""
     # NumPy's draws need no compilation for each shape.
-    random = np.random.default_rng(seed)
+    random, shapes = np.random.default_rng(seed), input_shapes(case, dtype=dtype)
 
-    def normal(length: int, heads: int, size: int) -> Array:
-        return jnp.asarray(random.standard_normal((case.batch, length, heads, size), np.float32), dtype)
-
-    def branch(length: int) -> KeyValue:
-        key = normal(length, case.kv_heads, case.head_dim)
-        return KeyValue(key, normal(length, case.kv_heads, case.value_head_dim))
+    def normal(x: Any) -> Array:
+        return jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype)
 
     segment_ids = None
     if case.segments is not None:
@@ -154,12 +176,13 @@ def make_inputs(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> Input
     def position(start: int | tuple[int, ...]) -> Position:
         return start if isinstance(start, int) else jnp.asarray(start, jnp.int32)
 
+    query, compressed, selected, window = jax.tree.map(normal, shapes[:4])
     return Inputs(
-        query=normal(case.queries, case.heads, case.head_dim),
-        compressed=branch(case.config.num_compressed(case.keys)),
-        selected=branch(case.keys),
-        window=branch(case.keys if case.window_keys is None else case.window_keys),
-        gates=jnp.asarray(random.random((case.batch, case.queries, case.heads, 3), np.float32), dtype),
+        query=query,
+        compressed=compressed,
+        selected=selected,
+        window=window,
+        gates=jnp.asarray(random.random(shapes.gates.shape, np.float32), dtype),
         query_start=position(case.query_start),
         window_start=position(case.window_start),
         segment_ids=segment_ids,

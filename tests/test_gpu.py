@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from nsa_jax import nsa_attention, reference, save_attention, select_blocks
-from nsa_jax.testing import CASES, LONG_CASES, PAPER, Case, assert_as_accurate, assert_best_blocks, make_inputs
+from nsa_jax.testing import (
+    CASES,
+    LONG_CASES,
+    PAPER,
+    Case,
+    assert_as_accurate,
+    assert_best_blocks,
+    input_shapes,
+    make_inputs,
+)
 from tests.posed import Solution, assert_result, assert_solves, pose, read_keys, with_nan
 from tests.programs import QUICK
 from train.config import PRESETS
@@ -161,7 +170,7 @@ def test_long_262208_tokens():
     """Queries of more than 2 ** 32 bytes, which takes 64-bit offsets; rows here and there against the reference."""
     length = 2**18 + 64
     case = Case(PAPER, queries=length, keys=length, heads=64, kv_heads=4, head_dim=128, value_head_dim=128)
-    shapes = jax.eval_shape(lambda: make_inputs(case, dtype="bfloat16"))
+    shapes = input_shapes(case, dtype="bfloat16")
 
     @jax.jit
     def draw():

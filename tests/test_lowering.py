@@ -14,7 +14,7 @@ import pytest
 
 import pallas_kernels
 from nsa_jax import NSAConfig
-from nsa_jax.testing import CASES, Case, make_inputs
+from nsa_jax.testing import CASES, Case, input_shapes
 
 # Tests alone may look inside of jax.
 from jax._src import mesh as mesh_lib  # isort: skip
@@ -47,7 +47,7 @@ def for_cuda() -> contextlib.AbstractContextManager:
 
 def lowered(case: Case, dtype: str) -> str:
     """Forward, backward and the choice of blocks, as text."""
-    shapes = jax.eval_shape(lambda: make_inputs(case, dtype=dtype))
+    shapes = input_shapes(case, dtype=dtype)
 
     def run(inputs):
         where = dict(query_start=inputs.query_start, window_start=inputs.window_start, segment_ids=inputs.segment_ids)
