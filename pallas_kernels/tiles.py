@@ -60,7 +60,7 @@ class Tiles:
     by_block: bool  # whether the selected branch's forward and dq go by block
 
 
-def tiles_for(query: jax.Array, kv_heads: int, value_size: int) -> Tiles:
+def tiles_for(query: Any, kv_heads: int, value_size: int) -> Tiles:
     """The table's tiles for the default device, or the rule's."""
     num_heads, size = query.shape[2:]
     device = jax.devices()[0]

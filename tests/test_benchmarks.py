@@ -12,11 +12,13 @@ import pytest
 from jax.experimental import io_callback
 
 import pallas_kernels
-from benchmarks import attention, checks, kernels, problems, record, report, timing, tune
+from benchmarks import attention, checks, kernels, one_length, problems, record, report, timing, tune
 from nsa_jax import NSAConfig, ops, overlap
+from nsa_jax.testing import assert_best_blocks
 from pallas_kernels import tiles
 from pallas_kernels.flash import Tile
 from pallas_kernels.tiles import TABLE, Tiles
+from tests.programs import equations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -182,29 +184,83 @@ def test_a_wrong_gradient_is_found():
 
 
 def test_a_wrong_tail_is_found(monkeypatch):
+    """In the output, in what all queries' gradients are judged by, in a key's gradient, or in the choice."""
     monkeypatch.setattr(checks, "TAIL", 16)
-    operands, cotangent = problems.draw(0, shape=SHAPE, length=48, config=SMALL)
-    blocks = ops.select_blocks(operands.query, operands.compressed.key, config=SMALL, num_keys=48)
-    out, gradient = jax.jit(checks.gradients(SMALL, "xla"))(operands, blocks, cotangent)
+    operands, cotangent = problems.draw(0, shape=SHAPE, length=96, config=SMALL)
     compiled = timing.compile_all(checks.tail_jobs(operands, cotangent, config=SMALL))
-    tail = (compiled, operands, cotangent, blocks)
-    assert checks.check_tail(*tail, out, problems.Operands(**gradient))["queries"] == 16
+    none = jnp.zeros((1, 96, 2, 4), jnp.int32)
+    _, best, scores = compiled["tail.exact"](*checks._tail(operands, none, cotangent, wide=True))
+
+    def whole(x):
+        return jnp.pad(x, ((0, 0), (80, 0), (0, 0), (0, 0)))
+
+    blocks = whole(best)
+    out, gradient = compiled["tail.rounded"](*checks._tail(operands, blocks, cotangent, wide=False))
+    out, right = whole(out), problems.Operands(**gradient)
+    right = right._replace(query=whole(right.query), gates=whole(right.gates))
+    tail = (compiled, operands, cotangent)
+    found = checks.check_tail(*tail, blocks, out, right)
+    assert found["queries"] == 16 and found["tied_rows_that_differ"] == 0 and len(found["errors"]) == 9
     with pytest.raises(AssertionError, match="out: error"):
-        checks.check_tail(*tail, out.at[0, -1].add(0.1), problems.Operands(**gradient))
+        checks.check_tail(*tail, blocks, out.at[0, -1].add(0.1), right)
+    key = right.selected.key.at[0, 3, 1].add(0.1)
+    with pytest.raises(AssertionError, match=r"dselected\.key: error"):
+        checks.check_tail(*tail, blocks, out, right._replace(selected=right.selected._replace(key=key)))
+    # Of blocks 0 to 5 it has 0, 4, 5 and the better of 1 to 3.
+    worst = int(jnp.argmin(scores[0, -1, 0, 1:4])) + 1
+    assert worst not in best[0, -1, 0].tolist()
+    with pytest.raises(AssertionError, match=r"blocks at \(0, 15, 0\): .* score"):
+        checks.check_tail(*tail, blocks.at[0, -1, 0, 1].set(worst), out, right)
+    assert np.argwhere(np.any(checks.of_tail(cotangent) != 0, axis=(0, 2, 3))).ravel().tolist() == list(range(80, 96))
 
 
 def test_choices_may_differ_only_where_scores_tie():
-    operands, _ = problems.draw(0, shape=SHAPE, length=256, config=SMALL)
-    blocks = ops.select_blocks(operands.query, operands.compressed.key, config=SMALL, num_keys=256)
-    assert checks.judge_choice(blocks, blocks, operands, config=SMALL) == 0
-    last = blocks[0, 255, 1].tolist()
-    other = next(block for block in range(15) if block not in last)
-    wrong = blocks.at[0, 255, 1].set(jnp.asarray(sorted([last[0], other, *last[2:]]), jnp.int32))
-    with pytest.raises(AssertionError, match="query 255, key/value head 1 chose"):
-        checks.judge_choice(wrong, blocks, operands, config=SMALL)
-    # Without queries all visible tokens score the same.
-    tied = operands._replace(query=jnp.zeros_like(operands.query))
-    assert checks.judge_choice(wrong, blocks, tied, config=SMALL) == 1
+    wanted, other = (np.asarray(blocks, np.int32).reshape(1, 1, 1, 2) for blocks in ([0, 1], [0, 3]))
+    for gap, tied in ((0.0, True), (4e-6, True), (6e-6, False)):
+        scores = np.asarray([0.5, 0.2, 0.1, 0.2 - gap]).reshape(1, 1, 1, 4)
+        assert assert_best_blocks(wanted, wanted, scores) == 0
+        if tied:
+            assert assert_best_blocks(other, wanted, scores) == 1
+        else:
+            with pytest.raises(AssertionError, match=r"blocks at \(0, 0, 0\): \[0, 3\], not \[0, 1\]; score 0.19"):
+                assert_best_blocks(other, wanted, scores)
+
+
+# --------------------------------------------------------------------------------------------------------------- kernels
+
+
+def calls(function, *shapes) -> set[str]:
+    """The kernels that a function launches: names, grids, and what they read and write."""
+    program = equations(jax.make_jaxpr(function)(*shapes).jaxpr)
+    return {
+        f"{x.params['name']} {x.params['grid_mapping'].grid} {[v.aval for v in (*x.invars, *x.outvars)]}"
+        for x in program
+        if x.primitive.name == "pallas_call"
+    }
+
+
+@pytest.mark.parametrize("group", [2, 16])
+def test_the_parts_are_the_kernels_of_forward_and_backward(group, monkeypatch):
+    """With the tiles of values that are wider than queries, which would be others for queries alone."""
+    monkeypatch.setattr(pallas_kernels, "why_not_here", lambda: None)
+    config, shape = NSAConfig(), problems.Shape(1, 2 * group, 2, 128, 256, "bfloat16")
+    operands, cotangent = jax.eval_shape(lambda: problems.draw(0, shape=shape, length=1024, config=config))
+    found = tiles.tiles_for(operands.query, 2, 256)
+
+    def both(operands, cotangent):
+        return jax.vjp(lambda operands: problems.attend(operands, config=config), operands)[1](cotangent)
+
+    def prepare(operands, cotangent):
+        return kernels.prepare(operands, cotangent, config=config, tiles=found)
+
+    def chosen(operands):
+        return kernels.chosen(operands, config=config, tiles=found)
+
+    wanted, prepared = calls(both, operands, cotangent), jax.eval_shape(prepare, operands, cotangent)
+    parts = kernels.parts(config=config, scale=128**-0.5, tiles=found)
+    assert set().union(*(calls(part, prepared) for part in parts.values())) == wanted
+    assert calls(prepare, operands, cotangent) < wanted and calls(chosen, operands) < wanted
+    assert {name.split()[0] for name in wanted} >= {"nsa_choice", "nsa_selected_forced", "nsa_selected_dkv"}
 
 
 # --------------------------------------------------------------------------------------------------------------- reports
@@ -253,6 +309,12 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(pallas_kernels, "why_not_here", lambda: None)
     monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas", ops.IMPLEMENTATIONS["xla"])
 
+    def chosen(operands, *, config, tiles):
+        num_keys = operands.selected.key.shape[1]
+        return ops.select_blocks(operands.query, operands.compressed.key, config=config, num_keys=num_keys)
+
+    monkeypatch.setattr(kernels, "chosen", chosen)
+
 
 SIZES = ["--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--value-head-dim", "8", "--batch", "1", "--no-parts"]
 
@@ -292,6 +354,7 @@ def test_a_run_writes_its_record(as_on_a_gpu, monkeypatch, tmp_path: Path, capsy
 
 
 def test_wrong_kernels_have_no_time(as_on_a_gpu, monkeypatch, tmp_path: Path, capsys):
+    monkeypatch.setattr(one_length, "jobs", lambda *arguments, **more: {})  # compiled meanwhile, and not wanted
     right = ops.IMPLEMENTATIONS["xla"]
     wrong = right._replace(attend=lambda *arguments, **more: 1.1 * right.attend(*arguments, **more))
     monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas", wrong)
