@@ -10,6 +10,7 @@ query is forced to choose. A second adds dq of the other selected blocks. Then d
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -296,7 +297,7 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
 
 
 def branches_of(
-    static: Static, operands: Operands, places: Places, saved: Saved, deltas: list[RowValues]
+    static: Static, operands: Operands, places: Places, saved: Saved, deltas: Sequence[RowValues]
 ) -> tuple[Branch, Branch, Branch]:
     """What the backward pass of each branch reads; its ranges are those of which dq of all branches is formed at once."""
     gates = operands.gates.astype(jnp.float32)
