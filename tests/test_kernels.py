@@ -306,9 +306,16 @@ def choose(case: Case, inputs: Inputs) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    "config", [NSAConfig(32, 16, 48, 5, 1, 1), NSAConfig(4, 1, 16, 3, 1, 1), NSAConfig(16, 4, 40, 3, 1, 1)], ids=str
+    "config",
+    [
+        NSAConfig(32, 16, 48, 5, 1, 1),
+        NSAConfig(4, 1, 16, 3, 1, 1),
+        NSAConfig(16, 4, 40, 3, 1, 1),
+        NSAConfig(9, 3, 27, 4, 1, 1),  # whose units are too many to unroll
+    ],
+    ids=str,
 )
-def test_choice_with_blocks_of_3_16_and_10_units(config, cut_small):
+def test_choice_with_blocks_of_3_16_10_and_9_units(config, cut_small):
     cut_small(config)
     case = Case(config=config, queries=50, keys=260, query_start=210)
     inputs = make_inputs(case)
