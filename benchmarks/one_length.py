@@ -64,7 +64,7 @@ def measure_length(
         return jax.block_until_ready(draw(SEED, shape=shape, length=length, config=config, kind=kind, alike=alike))
 
     skipped = _skipped(shape, length)
-    skipped["peer"] = peer.why_not(shape) if with_peer else "not asked for: --peer"
+    skipped["peer"] = peer.why_not(shape) if with_peer else "not asked for: --peer, --peer-lengths"
     wanted = {name for name, reason in skipped.items() if reason is None}
     row: dict[str, Any] = {"kv_heads": shape.kv_heads, "length": length}
     row |= {"nsa": {}, "parts": {}, "unions": {}, "checks": {}}

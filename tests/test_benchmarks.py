@@ -364,6 +364,17 @@ def test_wrong_kernels_have_no_time(as_on_a_gpu, monkeypatch, tmp_path: Path, ca
     assert json.loads(path.read_text())["results"] == []
 
 
+def test_the_peer_is_timed_where_it_is_asked_for(capsys):
+    def at(**options):
+        found = attention.Options(lengths=(4096, 8192), **options)
+        return [length for length in found.lengths if found.with_peer(length)]
+
+    assert at() == [] and at(peer=True) == [4096, 8192]
+    assert at(peer_lengths=(8192,)) == at(peer=True, peer_lengths=(8192,)) == [8192]
+    assert attention.main(["--lengths", "64", "--peer", "--peer-lengths", "65"]) == 2
+    assert "peer_lengths=[65] must be among lengths=(64,)" in capsys.readouterr().err
+
+
 def test_file_names_of_devices():
     assert record.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
