@@ -18,9 +18,17 @@ from nsa_jax.testing import assert_best_blocks
 from pallas_kernels import tiles
 from pallas_kernels.flash import Tile
 from pallas_kernels.tiles import TABLE, Tiles
-from tests.programs import equations
+from tests.programs import QUICK, equations
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_reference")
+
+
+@pytest.fixture(scope="module")
+def quick_reference():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "REFERENCE", checks.REFERENCE | QUICK)
+        yield
+
 
 SHAPE = problems.Shape(batch=1, heads=4, kv_heads=2, head_dim=8, value_head_dim=8, dtype="float32")
 SMALL = NSAConfig(compress_block=8, compress_stride=4, select_block=16, num_selected=4, window=20)
