@@ -16,7 +16,7 @@ from nsa_jax.compression import COMPRESSIONS
 from nsa_jax.testing import SMALL
 from tests.programs import QUICK
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Compressed token i ends at 2i + 3; block j holds 4j .. 4j + 3; of eight blocks a query reads three.
 TINY = NSAConfig(

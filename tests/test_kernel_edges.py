@@ -17,7 +17,7 @@ from pallas_kernels.selected_by_block import goes_by_block
 from tests.programs import QUICK
 from tests.test_lowering import for_cuda, verified_kernels
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # By block with the rule's tile, whose rows are more than most lists have queries: those too many write nowhere.
 TINY = Case(heads=2, kv_heads=1, head_dim=8, value_head_dim=8)

@@ -42,7 +42,7 @@ from tests import oracle
 from tests.posed import Solution, assert_solves, pose, read_keys, with_nan
 from tests.programs import QUICK
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 attention = importlib.import_module("pallas_kernels.attention")
 
