@@ -43,7 +43,10 @@ class Options:
     parts: bool = True
     """Also time each kernel alone."""
     peer: bool = False
-    """Also time fla-core's NSA, where torch and it are installed; it computes something else."""
+    """Also time fla-core's NSA, where torch and it are installed; it computes something else. Its own autotuning, which is
+    not part of the times, takes about a minute a length."""
+    peer_lengths: tuple[int, ...] = ()
+    """The same, at these of the lengths alone."""
     json: Path | None = None
     """Record; docs/results/attention_DEVICE.json if not given."""
     plot: Path | None = None
@@ -51,6 +54,9 @@ class Options:
 
     def kinds(self) -> tuple[Literal["random", "alike"], ...]:
         return ("random", "alike") if self.inputs == "both" else (self.inputs,)
+
+    def with_peer(self, length: int) -> bool:
+        return length in self.peer_lengths or (self.peer and not self.peer_lengths)
 
 
 def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
@@ -74,6 +80,8 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
     shapes = [Shape(o.batch, o.heads, k, o.head_dim, o.value_head_dim, o.dtype) for k in options.kv_heads]
     if not options.lengths or not shapes or min(options.lengths) < 1:
         raise ValueError(f"lengths={options.lengths} and kv_heads={options.kv_heads} must each hold positive numbers")
+    if unknown := sorted(set(o.peer_lengths) - set(o.lengths)):
+        raise ValueError(f"peer_lengths={unknown} must be among lengths={o.lengths}: NSA is timed at the same")
     device = gpu("benchmarks.attention")
     config = NSAConfig()
     path = options.json or ROOT / "docs" / "results" / f"attention_{slug(device.device_kind)}.json"
@@ -81,7 +89,7 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
     record |= dict(options=_plain(options), config=dataclasses.asdict(config), checks=[], results=[], break_even=[])
     if options.head_dim != options.value_head_dim:
         record["full_attention_head_dim"] = max(options.head_dim, options.value_head_dim)
-    if options.peer:
+    if any(map(options.with_peer, options.lengths)):
         record["peer_differs"] = list(peer.DIFFERS)
         print("--peer: fla-core's NSA computes something else:", *(f"  - {line}" for line in peer.DIFFERS), sep="\n")
 
@@ -100,9 +108,10 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
                     record["checks"].append({"kv_heads": shape.kv_heads} | check)
                     print(f"  correct at {check['length']} tokens, {check['inputs']} inputs", flush=True)
             compiled = compiling.result()
-        more: dict[str, Any] = dict(kinds=kinds, alike=o.alike, with_parts=o.parts, with_peer=o.peer)
+        more: dict[str, Any] = dict(kinds=kinds, alike=o.alike, with_parts=o.parts)
         for shape, length in plans:
-            row = one_length.measure_length(compiled[shape, length], shape, length=length, config=config, **more)
+            more |= dict(length=length, with_peer=o.with_peer(length))
+            row = one_length.measure_length(compiled[shape, length], shape, config=config, **more)
             record["results"].append(row)
             print(summary(row), flush=True)
             save(record, path)

@@ -7,12 +7,13 @@ the inversion of the lists (`invert`, also timed by itself) and the sums of part
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from benchmarks.problems import Operands
 from nsa_jax import KeyValue, NSAConfig
+from nsa_jax.shapes import Blocks
 from pallas_kernels import (
+    attention,
     block_selection,
     compressed_attention,
     inverse_lists,
@@ -22,39 +23,63 @@ from pallas_kernels import (
     selected_by_block,
     window_attention,
 )
-from pallas_kernels.flash import Launch, Ranges, Tile
-from pallas_kernels.positions import BlockRanges
+from pallas_kernels.flash import Launch, Tile
 from pallas_kernels.range_attention import Branch, QuerySide
 from pallas_kernels.tiles import Tiles
 
 
 class Prepared(NamedTuple):
-    """What the kernels read; queries by key/value head."""
+    """What the kernels read, as `pallas_kernels.attention` has it."""
 
-    query: Array
+    query: Array  # by key/value head, as gates and dout
     keys_cmp: KeyValue
     keys_slc: KeyValue
     keys_win: KeyValue
     gates: Array
-    visible_cmp: Ranges
-    visible_slc: Ranges
-    visible_win: Ranges
-    candidates: BlockRanges
-    forced: tuple[Ranges, ...]
-    blocks: Array
+    places: attention.Places
+    saved: attention.Saved
     free_blocks: Array  # beside the forced
-    outs: tuple[Array, Array, Array]  # of compressed, selected, window
-    lse_cmp: Array
     dout: Array
-    rows_cmp: QuerySide
-    rows_slc: QuerySide
-    rows_win: QuerySide
-    branches: tuple[Branch, Branch, Branch]
+    branches: tuple[Branch, Branch, Branch]  # compressed, selected, window
     dq: Array  # float32: of all that is read in ranges
+
+    def rows(self, branch: int) -> QuerySide:
+        _, _, _, gate, lse, delta = self.branches[branch]
+        return QuerySide(self.query, self.dout, gate, lse, delta)
+
+    @property
+    def outs(self) -> tuple[Array, Array, Array]:
+        return self.saved.out_cmp, self.saved.out_slc, self.saved.out_win
 
 
 def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: Tiles) -> Prepared:
     """Run the forward kernels, and those of the backward pass that others read from."""
+    static, tensors, places, saved = _forward(operands, config=config, tiles=tiles)
+    dout = cotangent.reshape(saved.out_cmp.shape)
+    deltas = range_attention.deltas(dout, (saved.out_cmp, saved.out_slc, saved.out_win))
+    branches = attention.branches_of(static, tensors, places, saved, deltas)
+    more: dict[str, Any] = dict(scale=static.scale, holes=False, launch=static.launch("range_dq"))
+    return Prepared(
+        tensors.query,
+        operands.compressed,
+        operands.selected,
+        operands.window,
+        tensors.gates,
+        places,
+        saved,
+        free_blocks=selected_attention.free_blocks(saved.blocks, places.candidates, config=config),
+        dout=dout,
+        branches=branches,
+        dq=range_attention.query_gradient(tensors.query, dout, branches, **more),
+    )
+
+
+def chosen(operands: Operands, *, config: NSAConfig, tiles: Tiles) -> Blocks:
+    """The blocks that `nsa_attention` chooses with these tiles, to the bit: of tied scores, too."""
+    return _forward(operands, config=config, tiles=tiles)[-1].blocks
+
+
+def _forward(operands: Operands, *, config: NSAConfig, tiles: Tiles) -> tuple[Any, ...]:
     batch, length, _, size = operands.query.shape
     num_keys, kv_heads = operands.selected.key.shape[1:3]
 
@@ -62,87 +87,11 @@ def prepare(operands: Operands, cotangent: Array, *, config: NSAConfig, tiles: T
         return x.reshape(batch, length, kv_heads, -1, x.shape[-1])
 
     where = positions.positions(0, None, batch=batch, num_queries=length, num_keys=num_keys)
-    query, gates, dout = grouped(operands.query), grouped(operands.gates), grouped(cotangent)
-    visible_cmp = positions.compressed_ranges(where, config=config)
-    visible_slc = positions.token_ranges(where)
-    visible_win = positions.window_ranges(where, 0, length=num_keys, config=config)
-    candidates = positions.candidate_blocks(where, config=config)
-    forced = positions.forced_ranges(where, config=config)
-    launch, scale = _launches(tiles), size**-0.5
-    out_win, lse_win = window_attention.window_forward(
-        query, *operands.window, visible_win, scale=scale, launch=launch("window_forward")
-    )
-    out_cmp, lse_cmp = compressed_attention.compressed_forward(
-        query, *operands.compressed, visible_cmp, scale=scale, holes=False, launch=launch("compressed_forward")
-    )
-    blocks = block_selection.select(
-        query,
-        operands.compressed.key,
-        lse_cmp,
-        visible_cmp,
-        candidates,
-        config=config,
-        num_blocks=config.num_blocks(num_keys),
-        scale=scale,
-        scores_launch=launch("scores"),
-        choice_launch=launch("choice"),
-    )
-    free = selected_attention.free_blocks(blocks, candidates, config=config)
-    more: dict[str, Any] = dict(forced=selected_attention.Forced(forced, launch("selected_forced")), keep=True)
-    reads = (query, *operands.selected, free, visible_slc, selected_attention.Sum(gates, out_cmp, out_win))
-    by_block = selected_by_block.goes_by_block(tiles, config)
-    if by_block:
-        _, kept = selected_by_block.selected_forward_by_block(
-            *reads,
-            config=config,
-            scale=scale,
-            holes=False,
-            launch=launch("selected_by_block"),
-            sum_launch=launch("selected_add"),
-            **more,
-        )
-    else:
-        _, kept = selected_attention.selected_forward(
-            *reads,
-            config=config,
-            scale=scale,
-            holes=False,
-            launch=launch("selected_forward"),
-            **more,
-        )
-    assert kept is not None
-    gates_of = [gates[..., i].astype(jnp.float32) for i in range(3)]
-    outs = (out_cmp, kept.out, out_win)
-    deltas = range_attention.deltas(dout, outs)
-    branches = (
-        Branch(*operands.compressed, (visible_cmp,), gates_of[0], lse_cmp, deltas[0]),
-        Branch(*operands.selected, () if by_block else forced, gates_of[1], kept.lse, deltas[1]),
-        Branch(*operands.window, (visible_win,), gates_of[2], lse_win, deltas[2]),
-    )
-    dq = range_attention.query_gradient(query, dout, branches, scale=scale, holes=False, launch=launch("range_dq"))
-    rows = [QuerySide(query, dout, x.gate, x.lse, x.delta) for x in branches]
-    return Prepared(
-        query,
-        operands.compressed,
-        operands.selected,
-        operands.window,
-        gates,
-        visible_cmp,
-        visible_slc,
-        visible_win,
-        candidates,
-        forced,
-        blocks,
-        free,
-        outs,
-        lse_cmp,
-        dout,
-        rows_cmp=rows[0],
-        rows_slc=rows[1],
-        rows_win=rows[2],
-        branches=branches,
-        dq=dq,
-    )
+    places = attention.places_of(where, 0, window_keys=num_keys, config=config, own_choice=True)
+    pairs = (*operands.compressed, *operands.selected, *operands.window)
+    tensors = attention.Operands(grouped(operands.query), *pairs, grouped(operands.gates))
+    static = attention.Static(config, size**-0.5, tiles, holes=False, interpret=False)
+    return static, tensors, places, attention._branches(static, tensors, places, None, keep=True)[1]
 
 
 Kernel = Callable[[Prepared], Any]
@@ -158,7 +107,7 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
 
     def window_forward(tile: Tile) -> Kernel:
         return lambda x: window_attention.window_forward(
-            x.query, *x.keys_win, x.visible_win, scale=scale, launch=_launch(tile)
+            x.query, *x.keys_win, x.places.window, scale=scale, launch=_launch(tile)
         )
 
     def range_dq(tile: Tile) -> Kernel:
@@ -167,17 +116,17 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
 
     def window_dkv(tile: Tile) -> Kernel:
         return lambda x: window_attention.window_key_value_gradients(
-            x.rows_win, *x.keys_win, x.visible_win, scale=scale, launch=_launch(tile)
+            x.rows(2), *x.keys_win, x.places.window, scale=scale, launch=_launch(tile)
         )
 
     def compressed_forward(tile: Tile) -> Kernel:
         return lambda x: compressed_attention.compressed_forward(
-            x.query, *x.keys_cmp, x.visible_cmp, scale=scale, holes=False, launch=_launch(tile)
+            x.query, *x.keys_cmp, x.places.compressed, scale=scale, holes=False, launch=_launch(tile)
         )
 
     def compressed_dkv(tile: Tile) -> Kernel:
         return lambda x: compressed_attention.compressed_key_value_gradients(
-            x.rows_cmp, *x.keys_cmp, x.visible_cmp, scale=scale, launch=_launch(tile)
+            x.rows(0), *x.keys_cmp, x.places.compressed, scale=scale, launch=_launch(tile)
         )
 
     def selection(scores: Launch, choice: Launch) -> Kernel:
@@ -185,9 +134,9 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
         return lambda x: block_selection.select(
             x.query,
             x.keys_cmp.key,
-            x.lse_cmp,
-            x.visible_cmp,
-            x.candidates,
+            x.saved.lse_cmp,
+            x.places.compressed,
+            x.places.candidates,
             num_blocks=config.num_blocks(x.keys_slc.key.shape[1]),
             **more,
         )
@@ -195,12 +144,12 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
     def selected_forward(launch: Launch, forced_launch: Launch) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, holes=False, launch=launch, keep=True)
         return lambda x: selected_attention.selected_forward(
-            *_selected_reads(x), forced=selected_attention.Forced(x.forced, forced_launch), **more
+            *_selected_reads(x), forced=_forced(x, forced_launch), **more
         )
 
     def selected_forced(tile: Tile) -> Kernel:
         def run(x: Prepared) -> tuple[Array, Array]:
-            forced = selected_attention.Forced(x.forced, _launch(tile))
+            forced = _forced(x, _launch(tile))
             return selected_attention.forced_forward(x.query, *x.keys_slc, forced, scale=scale, holes=False)
 
         return run
@@ -208,14 +157,14 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
     def selected_dq(tile: Tile) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, launch=_launch(tile))
         return lambda x: selected_attention.selected_query_gradient(
-            x.rows_slc, *x.keys_slc, x.free_blocks, x.visible_slc, x.dq, dtype=x.query.dtype, **more
+            x.rows(1), *x.keys_slc, x.free_blocks, x.places.tokens, x.dq, dtype=x.query.dtype, **more
         )
 
     def forward_by_block(launch: Launch, sum_launch: Launch) -> Kernel:
         more: dict[str, Any] = dict(config=config, scale=scale, holes=False, launch=launch, sum_launch=sum_launch)
         forced_launch = fixed("selected_forced")
         return lambda x: selected_by_block.selected_forward_by_block(
-            *_selected_reads(x), forced=selected_attention.Forced(x.forced, forced_launch), keep=True, **more
+            *_selected_reads(x), forced=_forced(x, forced_launch), keep=True, **more
         )
 
     def gradients_by_block(launch: Launch, sum_launch: Launch) -> Kernel:
@@ -223,7 +172,7 @@ def kernels(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Calla
 
         def run(x: Prepared) -> tuple[Any, ...]:
             added = x.dq if by_block else None
-            reads = (x.rows_slc, *x.keys_slc, x.blocks, x.visible_slc, added)
+            reads = (x.rows(1), *x.keys_slc, x.saved.blocks, x.places.tokens, added)
             found = selected_by_block.selected_gradients_by_block(*reads, **more)
             return tuple(array for array in found if array is not None)
 
@@ -271,15 +220,20 @@ def parts(*, config: NSAConfig, scale: float, tiles: Tiles) -> dict[str, Kernel]
         if name not in timed_with_others
     }
     made["invert"] = lambda x: inverse_lists.cut(
-        inverse_lists.invert(x.blocks, num_blocks=config.num_blocks(x.keys_slc.key.shape[1]))
+        inverse_lists.invert(x.saved.blocks, num_blocks=config.num_blocks(x.keys_slc.key.shape[1]))
     )
     made["deltas"] = lambda x: range_attention.deltas(x.dout, x.outs)
     return made
 
 
 def _selected_reads(x: Prepared) -> tuple[Any, ...]:
-    branches = selected_attention.Sum(x.gates, x.outs[0], x.outs[2])
-    return x.query, *x.keys_slc, x.free_blocks, x.visible_slc, branches
+    branches = selected_attention.Sum(x.gates, x.saved.out_cmp, x.saved.out_win)
+    return x.query, *x.keys_slc, x.free_blocks, x.places.tokens, branches
+
+
+def _forced(x: Prepared, launch: Launch) -> selected_attention.Forced:
+    assert x.places.forced is not None
+    return selected_attention.Forced(x.places.forced, launch)
 
 
 def _launches(tiles: Tiles) -> Callable[[str], Launch]:

@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array
 
 from benchmarks import baselines, kernels, peer
-from benchmarks.checks import check_tail, tail_jobs
+from benchmarks.checks import check_tail, of_tail, tail_jobs
 from benchmarks.problems import InputKind, Operands, Shape, attend, draw
 from benchmarks.report import PASSES, Entry, ratios
 from benchmarks.timing import (
@@ -23,7 +23,7 @@ from benchmarks.timing import (
     time_passes,
     unfailed,
 )
-from nsa_jax import NSAConfig, select_blocks
+from nsa_jax import NSAConfig
 from nsa_jax.overlap import union_sizes
 from pallas_kernels.tiles import tiles_for
 
@@ -64,7 +64,7 @@ def measure_length(
         return jax.block_until_ready(draw(SEED, shape=shape, length=length, config=config, kind=kind, alike=alike))
 
     skipped = _skipped(shape, length)
-    skipped["peer"] = peer.why_not(shape) if with_peer else "not asked for: --peer"
+    skipped["peer"] = peer.why_not(shape) if with_peer else "not asked for: --peer, --peer-lengths"
     wanted = {name for name, reason in skipped.items() if reason is None}
     row: dict[str, Any] = {"kv_heads": shape.kv_heads, "length": length}
     row |= {"nsa": {}, "parts": {}, "unions": {}, "checks": {}}
@@ -115,15 +115,14 @@ def _nsa_jobs(shape: Shape, *, length: int, config: NSAConfig, with_parts: bool)
     def nsa(*operands: Any) -> Array:
         return attend(Operands(*operands), config=config)
 
-    def blocks(query: Array, key: Array) -> Array:
-        return select_blocks(query, key, config=config, num_keys=length, implementation="pallas")
-
+    tiles = tiles_for(operands.query, shape.kv_heads, shape.value_head_dim)
     jobs = passes_jobs("nsa", nsa, tuple(operands), cotangent)
-    jobs["blocks"] = lambda: compile_program(blocks, operands.query, operands.compressed.key)
+    jobs["blocks"] = lambda: compile_program(
+        lambda operands: kernels.chosen(operands, config=config, tiles=tiles), operands
+    )
     jobs |= tail_jobs(operands, cotangent, config=config)
     if not with_parts:
         return jobs
-    tiles = tiles_for(operands.query, shape.kv_heads, shape.value_head_dim)
 
     def prepare(operands: Operands, cotangent: Array) -> kernels.Prepared:
         return kernels.prepare(operands, cotangent, config=config, tiles=tiles)
@@ -159,8 +158,8 @@ def _dense_jobs(shape: Shape, *, length: int, config: NSAConfig, wanted: set[str
 
 def _check(compiled: dict[str, Any], operands: Operands, cotangent: Array) -> tuple[dict[str, Any], dict[str, float]]:
     """What `check_tail` found, and the unions of the blocks that the kernels chose."""
-    blocks = unfailed(compiled["blocks"]).compiled(operands.query, operands.compressed.key)
-    out, gradient = unfailed(compiled["nsa.both"]).compiled(cotangent, *operands)
+    blocks = unfailed(compiled["blocks"]).compiled(operands)
+    out, gradient = unfailed(compiled["nsa.both"]).compiled(of_tail(cotangent), *operands)
     found = check_tail(compiled, operands, cotangent, blocks, out, Operands(*gradient))
     return found, union_sizes(blocks)
 

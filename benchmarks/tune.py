@@ -1,7 +1,8 @@
 """`python -m benchmarks.tune`: the fastest tiles of each kernel on this GPU, written into pallas_kernels/tiles.json.
 
 For each kernel a list of candidates, the tiles of the table and of `tiles.rule` among them, is compiled, checked against the
-result with the rule's tiles, and timed alone, as `kernels.py` describes.
+result with the rule's tiles, and timed alone, as `kernels.py` describes. What is timed is what will run: tiles have rows for
+all heads of a query (`tiles.as_held`), and the selected branch goes the way that it will go with what is written.
 """
 
 import dataclasses
@@ -32,8 +33,6 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "selected_by_block": ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (32, 64, 4, 2)),
     "selected_add": ((16, 0, 4, 1), (32, 0, 4, 1), (16, 0, 1, 1)),
 }
-# Of a Hopper GPU; a candidate that needs more would only fail to compile.
-SHARED_BYTES = 227 * 1024
 MOST_ACCUMULATORS = (
     208  # float32 numbers a thread, of sums and scores; tiles with more spill, and take minutes to compile
 )
@@ -129,29 +128,18 @@ def tune(
     from benchmarks.timing import compile_all, compile_program, shortened, unfailed
     from nsa_jax import NSAConfig
     from pallas_kernels.flash import Tile
-    from pallas_kernels.tiles import rule, tiles_for
+    from pallas_kernels.tiles import tiles_for
 
     config = NSAConfig()
     operands, cotangent = draw(1, shape=shape, length=length, config=config, kind=kind)
-    group = shape.heads // shape.kv_heads
-    safe = rule(shape.dtype, shape.head_dim, shape.value_head_dim, group)
     current = tiles_for(operands.query, shape.kv_heads, shape.value_head_dim)
+    capability = str(getattr(jax.devices()[0], "compute_capability", "none"))
+    safe, tiles = to_time(shape, config=config, current=current, capability=capability)
     prepare = jax.jit(lambda *arrays: kernels.prepare(*arrays, config=config, tiles=safe))
     prepared = jax.block_until_ready(prepare(operands, cotangent))
     del operands, cotangent
     made = kernels.kernels(config=config, scale=shape.head_dim**-0.5, tiles=safe)
-    names = only or kernels.names_in_use(current, config)
-    itemsize = 4 if shape.dtype == "float32" else 2
-
-    tiles = {}
-    for name in names:
-        fitting = [
-            Tile(*candidate)
-            for candidate in CANDIDATES[name]
-            if fits(name, candidate, shape.head_dim, shape.value_head_dim, itemsize, config.select_block)
-        ]
-        # The rule's first: it is what the others are compared with.
-        tiles[name] = list(dict.fromkeys([getattr(safe, name), getattr(current, name), *fitting]))
+    names = only or kernels.names_in_use(safe, config)
 
     def job(name: str, tile: Tile) -> Any:
         return lambda: compile_program(made[name](tile), prepared)
@@ -166,9 +154,7 @@ def tune(
             expected = unfailed(compiled[f"{name} {tuple(tiles[name][0])}"]).compiled(prepared)
             jax.block_until_ready(expected)
         except Exception as error:
-            print(
-                f"  {name}: the rule's {tuple(tiles[name][0])} fails, so that nothing can be checked: {shortened(error)}"
-            )
+            print(f"  {name}: {tuple(tiles[name][0])} fails, so that nothing can be checked: {shortened(error)}")
             found[name] = []
             continue
         for tile in tiles[name]:
@@ -185,28 +171,68 @@ def tune(
     return found
 
 
-def fits(kernel: str, tile: Candidate, size: int, value_size: int, itemsize: int, select_block: int) -> bool:
-    """Whether a candidate is worth compiling: what it holds fits into shared memory and, as sums, into registers."""
-    from pallas_kernels.flash import head_parts, next_power_of_2
+def to_time(shape: Any, *, config: Any, current: Any, capability: str) -> tuple[Any, dict[str, list[Any]]]:
+    """`Tiles` of what runs beside a kernel that is timed; and by kernel the tiles to time.
 
-    width, value_width = (sum(part.width for part in head_parts(x)) for x in (size, value_size))
-    rows, keys, warps, stages = tile
+    The first of a kernel's tiles is the one that the others are compared with: the rule's. But a small group goes by block
+    where tiles that hold one fit, and then no others are timed: with any of them written, that is the way it goes.
+
+    Args:
+        shape: a `Shape`.
+        current: `Tiles` that are in use.
+        capability: of the GPU.
+    """
+    from pallas_kernels.flash import Tile
+    from pallas_kernels.selected_attention import held_keys
+    from pallas_kernels.tiles import as_held, rule
+
+    group = shape.heads // shape.kv_heads
+    sizes: dict[str, Any] = dict(dtype=shape.dtype, size=shape.head_dim, value_size=shape.value_head_dim, group=group)
+    safe = rule(**sizes)
+
+    def held(kernel: str, tile: Tile) -> Tile:
+        return as_held(kernel, tile, capability=capability, **sizes)
+
+    tiles = {}
+    for kernel, candidates in CANDIDATES.items():
+        known = [held(kernel, getattr(of, kernel)) for of in (safe, current)]
+        more = [held(kernel, Tile(*tile)) for tile in candidates]
+        fitting = [tile for tile in more if fits(kernel, tile, shape, capability=capability)]
+        # With rows for all heads of a query, several may be the same.
+        tiles[kernel] = list(dict.fromkeys([*known, *fitting]))
+    if safe.by_block:
+        whole = {
+            kernel: [tile for tile in tiles[kernel] if held_keys(config, tile) >= config.select_block]
+            for kernel in ("selected_dkv", "selected_by_block")
+        }
+        if all(whole.values()):
+            tiles |= whole
+    first_of: dict[str, Any] = {kernel: found[0] for kernel, found in tiles.items()}
+    return dataclasses.replace(safe, **first_of), tiles
+
+
+def fits(kernel: str, tile: Any, shape: Any, *, capability: str) -> bool:
+    """Whether a candidate is worth compiling: what it holds fits into shared memory and, as sums, into registers."""
+    from pallas_kernels.block_selection import PACKED
+    from pallas_kernels.flash import head_parts
+    from pallas_kernels.tiles import shared_bytes, shared_limit
+
+    width, value_width = (sum(part.width for part in head_parts(x)) for x in (shape.head_dim, shape.value_head_dim))
+    rows, keys, warps, _ = tile
     if kernel in ("choice", "selected_add"):
         return True
-    held = keys or next_power_of_2(select_block)
-    scores = rows * held
+    scores = rows * keys
     if kernel.endswith("_dkv"):
-        stays, passes, sums = held, rows, held * (width + value_width) + 2 * scores
+        sums = keys * (width + value_width) + 2 * scores
     elif kernel.endswith("_dq"):
-        stays, passes, sums = rows, held, rows * width + 2 * scores
-    elif kernel == "selected_by_block":
-        stays, passes, sums = held, rows, rows * value_width + scores
+        sums = rows * width + 2 * scores
+    elif kernel == "scores":
+        sums = PACKED * scores
     else:
-        stays, passes, sums = rows, held, rows * value_width + scores
-    shared = (stays + passes * stages) * (width + value_width) * itemsize
-    if kernel == "scores":
-        shared, sums = (rows + 4 * keys * stages) * width * itemsize, 4 * scores
-    return shared <= SHARED_BYTES and sums <= MOST_ACCUMULATORS * 32 * warps
+        sums = rows * value_width + scores
+    if sums > MOST_ACCUMULATORS * 32 * warps:
+        return False
+    return shared_bytes(kernel, tile, shape.dtype, shape.head_dim, shape.value_head_dim) <= shared_limit(capability)
 
 
 def disagreement(actual: Any, expected: Any) -> str | None:

@@ -4,12 +4,17 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from nsa_jax.config import NSAConfig
-from nsa_jax.shapes import Gates, KeyValue, Position, Query, SegmentIds
+from nsa_jax.reference import importance, probabilities, visible_compressed
+from nsa_jax.shapes import CompressedKey, Gates, KeyValue, Position, Query, SegmentIds
+
+# Scores are tied if they differ by less, beside the best of a query: they are float32 sums of a few hundred probabilities.
+TIE = 1e-5
 
 SMALL = NSAConfig(
     compress_block=8, compress_stride=4, select_block=16, num_selected=4, num_initial=1, num_local=2, window=20
@@ -135,17 +140,38 @@ class Inputs(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "query"}
 
 
+def input_shapes(case: Case, *, dtype: Any = jnp.float32) -> Inputs:
+    """Shapes and dtypes of `make_inputs`, of which nothing is drawn."""
+
+    def array(*shape: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def branch(length: int) -> KeyValue:
+        where = (case.batch, length, case.kv_heads)
+        return KeyValue(array(*where, case.head_dim), array(*where, case.value_head_dim))
+
+    def position(start: int | tuple[int, ...]) -> Any:
+        return array(*(() if isinstance(start, int) else (case.batch,)), dtype=jnp.int32)
+
+    return Inputs(
+        query=array(case.batch, case.queries, case.heads, case.head_dim),
+        compressed=branch(case.config.num_compressed(case.keys)),
+        selected=branch(case.keys),
+        window=branch(case.keys if case.window_keys is None else case.window_keys),
+        gates=array(case.batch, case.queries, case.heads, 3),
+        query_start=position(case.query_start),
+        window_start=position(case.window_start),
+        segment_ids=None if case.segments is None else array(case.batch, case.keys, dtype=jnp.int32),
+    )
+
+
 def make_inputs(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> Inputs:
     """Seeded Gaussian inputs: drawn in float32, then rounded to `dtype`; gates uniform in [0, 1]."""
     # NumPy's draws need no compilation for each shape.
-    random = np.random.default_rng(seed)
+    random, shapes = np.random.default_rng(seed), input_shapes(case, dtype=dtype)
 
-    def normal(length: int, heads: int, size: int) -> Array:
-        return jnp.asarray(random.standard_normal((case.batch, length, heads, size), np.float32), dtype)
-
-    def branch(length: int) -> KeyValue:
-        key = normal(length, case.kv_heads, case.head_dim)
-        return KeyValue(key, normal(length, case.kv_heads, case.value_head_dim))
+    def normal(x: Any) -> Array:
+        return jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype)
 
     segment_ids = None
     if case.segments is not None:
@@ -155,12 +181,13 @@ def make_inputs(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> Input
     def position(start: int | tuple[int, ...]) -> Position:
         return start if isinstance(start, int) else jnp.asarray(start, jnp.int32)
 
+    query, compressed, selected, window = jax.tree.map(normal, shapes[:4])
     return Inputs(
-        query=normal(case.queries, case.heads, case.head_dim),
-        compressed=branch(case.config.num_compressed(case.keys)),
-        selected=branch(case.keys),
-        window=branch(case.keys if case.window_keys is None else case.window_keys),
-        gates=jnp.asarray(random.random((case.batch, case.queries, case.heads, 3), np.float32), dtype),
+        query=query,
+        compressed=compressed,
+        selected=selected,
+        window=window,
+        gates=jnp.asarray(random.random(shapes.gates.shape, np.float32), dtype),
         query_start=position(case.query_start),
         window_start=position(case.window_start),
         segment_ids=segment_ids,
@@ -208,24 +235,59 @@ def assert_as_accurate(
         )
 
 
-def assert_best_blocks(actual: ArrayLike, expected: ArrayLike, scores: ArrayLike) -> None:
+def block_scores(
+    query: Query,
+    compressed_key: CompressedKey,
+    *,
+    config: NSAConfig,
+    num_keys: int,
+    query_start: Position = 0,
+    segment_ids: SegmentIds | None = None,
+) -> Float[Array, "B T K M"]:
+    """The importance of every block for every query (eq. 8-10), as the reference has it in float32."""
+    batch, length, _, size = query.shape
+    num_compressed, kv_heads = compressed_key.shape[1:3]
+    start = jnp.broadcast_to(jnp.asarray(query_start, jnp.int32), (batch,))
+    positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+
+    def one_sequence(query: Array, key: Array, positions: Array, segment_ids: Array | None) -> Array:
+        visible = visible_compressed(positions, num_compressed, segment_ids, config)
+
+        def one_head(query: Array, key: Array) -> Array:
+            p_cmp = probabilities(query, key, visible, size**-0.5).sum(axis=1)
+            return importance(p_cmp, config.num_blocks(num_keys), config)
+
+        return jax.vmap(one_head, in_axes=1, out_axes=1)(query, key)
+
+    grouped = query.reshape(batch, length, kv_heads, -1, size)
+    arrays = (grouped.astype(jnp.float32), compressed_key.astype(jnp.float32), positions, segment_ids)
+    return jax.vmap(one_sequence)(*arrays)
+
+
+def assert_best_blocks(actual: ArrayLike, expected: ArrayLike, scores: ArrayLike) -> int:
     """The same blocks, or, where they differ, blocks whose scores are as good: two scores may be tied but for rounding.
 
     Args:
         actual, expected: `[B, T, K, A]`.
         scores: `[B, T, K, M]`, of all blocks.
 
+    Returns:
+        The number of rows that differ.
+
     Raises:
         AssertionError: a block was chosen that scores less than one that was not, or blocks do not ascend, -1 last.
     """
-    got, want, scores = (np.asarray(x) for x in (actual, expected, scores))
+    got, want = (np.asarray(x) for x in (actual, expected))
     assert got.shape == want.shape and got.dtype == want.dtype == np.int32
-    for at in map(tuple, np.argwhere(np.any(got != want, axis=-1))):
+    differing = np.argwhere(np.any(got != want, axis=-1))
+    scores = np.asarray(scores)
+    for at in map(tuple, differing.tolist()):
         row, wanted = got[at].tolist(), want[at].tolist()
         chosen = sorted({j for j in row if j >= 0})
         assert row == chosen + [-1] * (len(row) - len(chosen)), f"blocks at {at} do not ascend: {row}"
         gained, lost = set(row) - set(wanted), set(wanted) - set(row)
         assert -1 not in gained | lost, f"blocks at {at}: {row}, not {wanted}"
         worst, best = min(scores[at][j] for j in gained), max(scores[at][j] for j in lost)
-        floor = 32 * float(jnp.finfo(jnp.float32).eps) * scores[at].max()
+        floor = TIE * scores[at].max()
         assert worst >= best - floor, f"blocks at {at}: {row}, not {wanted}; score {worst} instead of {best}"
+    return len(differing)

@@ -11,6 +11,7 @@ branch.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from pallas_kernels import (
 from pallas_kernels.flash import Config, Launch, Ranges, Tile
 from pallas_kernels.positions import (
     BlockRanges,
+    Positions,
     candidate_blocks,
     compressed_ranges,
     forced_ranges,
@@ -121,18 +123,23 @@ def attend(
     if blocks is not None and blocks.shape[-1] == 0:
         # Arrays have no axis of length 0 for a kernel to read.
         blocks = jnp.full((*blocks.shape[:-1], 1), flash.NO_BLOCK, jnp.int32)
-    # The caller's blocks need not hold them.
-    apart = blocks is None and config.num_initial + config.num_local > 0
-    places = Places(
-        compressed_ranges(where, config=config),
-        token_ranges(where),
-        window_ranges(where, window_start, length=window[0].shape[1], config=config),
-        candidate_blocks(where, config=config),
-        forced_ranges(where, config=config) if apart else None,
-    )
+    places = places_of(where, window_start, window_keys=window[0].shape[1], config=config, own_choice=blocks is None)
     operands = Operands(_grouped(query, kv_heads), *compressed, *selected, *window, _grouped(gates, kv_heads))
     out = _attend(static, operands, places, blocks)
     return out.reshape(batch, length, num_heads, out.shape[-1])
+
+
+def places_of(where: Positions, window_start: Any, *, window_keys: int, config: Config, own_choice: bool) -> Places:
+    """With `own_choice`, the blocks are those that `_select` gives."""
+    # The caller's blocks need not hold the forced ones.
+    apart = own_choice and config.num_initial + config.num_local > 0
+    return Places(
+        compressed_ranges(where, config=config),
+        token_ranges(where),
+        window_ranges(where, window_start, length=window_keys, config=config),
+        candidate_blocks(where, config=config),
+        forced_ranges(where, config=config) if apart else None,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -252,15 +259,8 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
     (operands, places, saved), dout = residuals, _differentiated_once(dout)
     scale, config = static.scale, static.config
     deltas = range_attention.deltas(dout, (saved.out_cmp, saved.out_slc, saved.out_win))
-    gates = operands.gates.astype(jnp.float32)
     key_cmp, value_cmp, key_slc, value_slc, key_win, value_win = operands[1:7]
-    branches = (
-        Branch(key_cmp, value_cmp, (places.compressed,), gates[..., 0], saved.lse_cmp, deltas[0]),
-        Branch(
-            key_slc, value_slc, () if static.by_block else places.forced or (), gates[..., 1], saved.lse_slc, deltas[1]
-        ),
-        Branch(key_win, value_win, (places.window,), gates[..., 2], saved.lse_win, deltas[2]),
-    )
+    branches = branches_of(static, operands, places, saved, deltas)
     dq = range_attention.query_gradient(
         operands.query, dout, branches, scale=scale, holes=static.holes, launch=static.launch("range_dq")
     )
@@ -307,6 +307,20 @@ def _backward(static: Static, residuals: Any, dout: Array) -> tuple[Operands, No
     )
     dgates = jnp.stack(deltas, axis=-1).astype(operands.gates.dtype)
     return Operands(dq, *dkv_cmp, found.dk, found.dv, *dkv_win, dgates), None, None
+
+
+def branches_of(
+    static: Static, operands: Operands, places: Places, saved: Saved, deltas: Sequence[RowValues]
+) -> tuple[Branch, Branch, Branch]:
+    """What the backward pass of each branch reads; its ranges are those of which dq of all branches is formed at once."""
+    gates = operands.gates.astype(jnp.float32)
+    key_cmp, value_cmp, key_slc, value_slc, key_win, value_win = operands[1:7]
+    forced = () if static.by_block else places.forced or ()
+    return (
+        Branch(key_cmp, value_cmp, (places.compressed,), gates[..., 0], saved.lse_cmp, deltas[0]),
+        Branch(key_slc, value_slc, forced, gates[..., 1], saved.lse_slc, deltas[1]),
+        Branch(key_win, value_win, (places.window,), gates[..., 2], saved.lse_win, deltas[2]),
+    )
 
 
 _attend.defvjp(_forward, _backward)

@@ -48,12 +48,3 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module")
-def uncollected():
-    """For files that trace large programs: a third of that time would go to Python's collector, which finds little."""
-    gc.disable()
-    yield
-    gc.enable()
-    gc.collect()

@@ -1,6 +1,7 @@
 """benchmarks/: what needs no GPU: the rule of measurement, inputs, checks, ratios, records and the table of tiles."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -11,11 +12,23 @@ import pytest
 from jax.experimental import io_callback
 
 import pallas_kernels
-from benchmarks import attention, checks, problems, record, report, timing, tune
+from benchmarks import attention, checks, kernels, one_length, problems, record, report, timing, tune
 from nsa_jax import NSAConfig, ops, overlap
+from nsa_jax.testing import assert_best_blocks
+from pallas_kernels import tiles
+from pallas_kernels.flash import Tile
 from pallas_kernels.tiles import TABLE, Tiles
+from tests.programs import QUICK, equations
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_reference")
+
+
+@pytest.fixture(scope="module")
+def quick_reference():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "REFERENCE", checks.REFERENCE | QUICK)
+        yield
+
 
 SHAPE = problems.Shape(batch=1, heads=4, kv_heads=2, head_dim=8, value_head_dim=8, dtype="float32")
 SMALL = NSAConfig(compress_block=8, compress_stride=4, select_block=16, num_selected=4, window=20)
@@ -179,29 +192,83 @@ def test_a_wrong_gradient_is_found():
 
 
 def test_a_wrong_tail_is_found(monkeypatch):
+    """In the output, in what all queries' gradients are judged by, in a key's gradient, or in the choice."""
     monkeypatch.setattr(checks, "TAIL", 16)
-    operands, cotangent = problems.draw(0, shape=SHAPE, length=48, config=SMALL)
-    blocks = ops.select_blocks(operands.query, operands.compressed.key, config=SMALL, num_keys=48)
-    out, gradient = jax.jit(checks.gradients(SMALL, "xla"))(operands, blocks, cotangent)
+    operands, cotangent = problems.draw(0, shape=SHAPE, length=96, config=SMALL)
     compiled = timing.compile_all(checks.tail_jobs(operands, cotangent, config=SMALL))
-    tail = (compiled, operands, cotangent, blocks)
-    assert checks.check_tail(*tail, out, problems.Operands(**gradient))["queries"] == 16
+    none = jnp.zeros((1, 96, 2, 4), jnp.int32)
+    _, best, scores = compiled["tail.exact"](*checks._tail(operands, none, cotangent, wide=True))
+
+    def whole(x):
+        return jnp.pad(x, ((0, 0), (80, 0), (0, 0), (0, 0)))
+
+    blocks = whole(best)
+    out, gradient = compiled["tail.rounded"](*checks._tail(operands, blocks, cotangent, wide=False))
+    out, right = whole(out), problems.Operands(**gradient)
+    right = right._replace(query=whole(right.query), gates=whole(right.gates))
+    tail = (compiled, operands, cotangent)
+    found = checks.check_tail(*tail, blocks, out, right)
+    assert found["queries"] == 16 and found["tied_rows_that_differ"] == 0 and len(found["errors"]) == 9
     with pytest.raises(AssertionError, match="out: error"):
-        checks.check_tail(*tail, out.at[0, -1].add(0.1), problems.Operands(**gradient))
+        checks.check_tail(*tail, blocks, out.at[0, -1].add(0.1), right)
+    key = right.selected.key.at[0, 3, 1].add(0.1)
+    with pytest.raises(AssertionError, match=r"dselected\.key: error"):
+        checks.check_tail(*tail, blocks, out, right._replace(selected=right.selected._replace(key=key)))
+    # Of blocks 0 to 5 it has 0, 4, 5 and the better of 1 to 3.
+    worst = int(jnp.argmin(scores[0, -1, 0, 1:4])) + 1
+    assert worst not in best[0, -1, 0].tolist()
+    with pytest.raises(AssertionError, match=r"blocks at \(0, 15, 0\): .* score"):
+        checks.check_tail(*tail, blocks.at[0, -1, 0, 1].set(worst), out, right)
+    assert np.argwhere(np.any(checks.of_tail(cotangent) != 0, axis=(0, 2, 3))).ravel().tolist() == list(range(80, 96))
 
 
 def test_choices_may_differ_only_where_scores_tie():
-    operands, _ = problems.draw(0, shape=SHAPE, length=256, config=SMALL)
-    blocks = ops.select_blocks(operands.query, operands.compressed.key, config=SMALL, num_keys=256)
-    assert checks.judge_choice(blocks, blocks, operands, config=SMALL) == 0
-    last = blocks[0, 255, 1].tolist()
-    other = next(block for block in range(15) if block not in last)
-    wrong = blocks.at[0, 255, 1].set(jnp.asarray(sorted([last[0], other, *last[2:]]), jnp.int32))
-    with pytest.raises(AssertionError, match="query 255, key/value head 1 chose"):
-        checks.judge_choice(wrong, blocks, operands, config=SMALL)
-    # Without queries all visible tokens score the same.
-    tied = operands._replace(query=jnp.zeros_like(operands.query))
-    assert checks.judge_choice(wrong, blocks, tied, config=SMALL) == 1
+    wanted, other = (np.asarray(blocks, np.int32).reshape(1, 1, 1, 2) for blocks in ([0, 1], [0, 3]))
+    for gap, tied in ((0.0, True), (4e-6, True), (6e-6, False)):
+        scores = np.asarray([0.5, 0.2, 0.1, 0.2 - gap]).reshape(1, 1, 1, 4)
+        assert assert_best_blocks(wanted, wanted, scores) == 0
+        if tied:
+            assert assert_best_blocks(other, wanted, scores) == 1
+        else:
+            with pytest.raises(AssertionError, match=r"blocks at \(0, 0, 0\): \[0, 3\], not \[0, 1\]; score 0.19"):
+                assert_best_blocks(other, wanted, scores)
+
+
+# --------------------------------------------------------------------------------------------------------------- kernels
+
+
+def calls(function, *shapes) -> set[str]:
+    """The kernels that a function launches: names, grids, and what they read and write."""
+    program = equations(jax.make_jaxpr(function)(*shapes).jaxpr)
+    return {
+        f"{x.params['name']} {x.params['grid_mapping'].grid} {[v.aval for v in (*x.invars, *x.outvars)]}"
+        for x in program
+        if x.primitive.name == "pallas_call"
+    }
+
+
+@pytest.mark.parametrize("group", [2, 16])
+def test_the_parts_are_the_kernels_of_forward_and_backward(group, monkeypatch):
+    """With the tiles of values that are wider than queries, which would be others for queries alone."""
+    monkeypatch.setattr(pallas_kernels, "why_not_here", lambda: None)
+    config, shape = NSAConfig(), problems.Shape(1, 2 * group, 2, 128, 256, "bfloat16")
+    operands, cotangent = jax.eval_shape(lambda: problems.draw(0, shape=shape, length=1024, config=config))
+    found = tiles.tiles_for(operands.query, 2, 256)
+
+    def both(operands, cotangent):
+        return jax.vjp(lambda operands: problems.attend(operands, config=config), operands)[1](cotangent)
+
+    def prepare(operands, cotangent):
+        return kernels.prepare(operands, cotangent, config=config, tiles=found)
+
+    def chosen(operands):
+        return kernels.chosen(operands, config=config, tiles=found)
+
+    wanted, prepared = calls(both, operands, cotangent), jax.eval_shape(prepare, operands, cotangent)
+    parts = kernels.parts(config=config, scale=128**-0.5, tiles=found)
+    assert set().union(*(calls(part, prepared) for part in parts.values())) == wanted
+    assert calls(prepare, operands, cotangent) < wanted and calls(chosen, operands) < wanted
+    assert {name.split()[0] for name in wanted} >= {"nsa_choice", "nsa_selected_forced", "nsa_selected_dkv"}
 
 
 # --------------------------------------------------------------------------------------------------------------- reports
@@ -250,6 +317,12 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(pallas_kernels, "why_not_here", lambda: None)
     monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas", ops.IMPLEMENTATIONS["xla"])
 
+    def chosen(operands, *, config, tiles):
+        num_keys = operands.selected.key.shape[1]
+        return ops.select_blocks(operands.query, operands.compressed.key, config=config, num_keys=num_keys)
+
+    monkeypatch.setattr(kernels, "chosen", chosen)
+
 
 SIZES = ["--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--value-head-dim", "8", "--batch", "1", "--no-parts"]
 
@@ -289,6 +362,7 @@ def test_a_run_writes_its_record(as_on_a_gpu, monkeypatch, tmp_path: Path, capsy
 
 
 def test_wrong_kernels_have_no_time(as_on_a_gpu, monkeypatch, tmp_path: Path, capsys):
+    monkeypatch.setattr(one_length, "jobs", lambda *arguments, **more: {})  # compiled meanwhile, and not wanted
     right = ops.IMPLEMENTATIONS["xla"]
     wrong = right._replace(attend=lambda *arguments, **more: 1.1 * right.attend(*arguments, **more))
     monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas", wrong)
@@ -298,6 +372,17 @@ def test_wrong_kernels_have_no_time(as_on_a_gpu, monkeypatch, tmp_path: Path, ca
     assert json.loads(path.read_text())["results"] == []
 
 
+def test_the_peer_is_timed_where_it_is_asked_for(capsys):
+    def at(**options):
+        found = attention.Options(lengths=(4096, 8192), **options)
+        return [length for length in found.lengths if found.with_peer(length)]
+
+    assert at() == [] and at(peer=True) == [4096, 8192]
+    assert at(peer_lengths=(8192,)) == at(peer=True, peer_lengths=(8192,)) == [8192]
+    assert attention.main(["--lengths", "64", "--peer", "--peer-lengths", "65"]) == 2
+    assert "peer_lengths=[65] must be among lengths=(64,)" in capsys.readouterr().err
+
+
 def test_file_names_of_devices():
     assert record.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
@@ -305,9 +390,9 @@ def test_file_names_of_devices():
 # ----------------------------------------------------------------------------------------------------------------- tiles
 
 
-def entry(group: int = 16, **tiles: list[int]) -> dict:
+def entry(group: int = 16, **found: list[int]) -> dict:
     place = {"device": "NVIDIA H200", "compute_capability": "9.0", "dtype": "bfloat16"}
-    return place | {"head_dim": 128, "value_head_dim": 128, "group": group, "jax": "0.11.2", "tiles": tiles}
+    return place | {"head_dim": 128, "value_head_dim": 128, "group": group, "jax": "0.11.2", "tiles": found}
 
 
 def test_the_table_is_written_as_it_is_kept():
@@ -335,8 +420,39 @@ def test_every_kernel_with_a_tile_has_candidates():
     assert tiled == tune.CANDIDATES.keys()
     for kernel, candidates in tune.CANDIDATES.items():
         assert len(set(candidates)) == len(candidates)
-        fitting = [tile for tile in candidates if tune.fits(kernel, tile, 128, 128, 2, 64)]
+        fitting = [tile for tile in candidates if tune.fits(kernel, Tile(*tile), of_group(16), capability="9.0")]
         assert len(fitting) >= 3, kernel
+
+
+def of_group(group: int, size: int = 128, value_size: int = 128, dtype: str = "bfloat16") -> problems.Shape:
+    return problems.Shape(1, 64 * group, 64, size, value_size, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("group", [1, 5, 16, 20, 64])
+@pytest.mark.parametrize("sizes", [(128, 128), (192, 128), (256, 256)], ids=str)
+def test_what_is_timed_is_what_will_run(sizes, group, dtype, monkeypatch, tmp_path: Path):
+    """Any tile that is timed, once it is written, is found again as it is, and the selected branch goes the same way."""
+    monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
+    shape, config = of_group(group, *sizes, dtype), NSAConfig()
+
+    def found(**timed: Tile) -> Tiles:
+        written = entry(group, **{kernel: list(tile) for kernel, tile in timed.items()})
+        written |= {"dtype": dtype, "head_dim": sizes[0], "value_head_dim": sizes[1]}
+        tiles.TABLE.write_text(json.dumps([written] if timed else []))
+        return tiles._lookup.__wrapped__("NVIDIA H200", "9.0", dtype, *sizes, group)
+
+    safe, timed = tune.to_time(shape, config=config, current=found(), capability="9.0")
+    used = kernels.names_in_use(safe, config)
+    for kernel in used:
+        assert len(set(timed[kernel])) == len(timed[kernel])
+        for tile in timed[kernel]:
+            assert getattr(found(**{kernel: tile}), kernel) == tile
+    by_block = timed["selected_by_block"] if "selected_by_block" in used else [safe.selected_by_block]
+    for dkv, forward in itertools.product(timed["selected_dkv"], by_block):
+        written = found(selected_dkv=dkv, selected_by_block=forward)
+        assert set(kernels.names_in_use(written, config)) == set(used)
+    assert ("selected_by_block" in used) == (group < 8 and not (dtype == "float32" and sizes == (256, 256)))
 
 
 def test_a_different_result_is_no_tile():

@@ -20,7 +20,7 @@ from tests.programs import QUICK
 from train.config import ModelConfig
 from train.model import DenseAttention
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Compressed token i ends at 2i + 3; block j holds 4j .. 4j + 3; of eight blocks a query reads three.
 TINY = NSAConfig(

@@ -27,7 +27,7 @@ from tests.posed import ring_of
 from tests.programs import QUICK
 from tests.test_lowering import for_cuda, read_kernels, verified_kernels
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = Path(__file__).parents[1]
 # Several tiles, splits and parts of the window at lengths of tens of tokens.

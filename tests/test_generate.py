@@ -33,7 +33,7 @@ from train.model import LanguageModel, Network
 from train.tokenizer import ByteTokenizer
 
 pytest_plugins = ["tests.tiny_fixtures"]
-pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GREEDY = Sampling(temperature=0)
 VOCAB = 50

@@ -9,8 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa_jax import nsa_attention, reference, save_attention, select_blocks
-from nsa_jax.testing import CASES, LONG_CASES, PAPER, Case, assert_as_accurate, assert_best_blocks, make_inputs
+from nsa_jax import nsa_attention, save_attention, select_blocks
+from nsa_jax.testing import (
+    CASES,
+    LONG_CASES,
+    PAPER,
+    Case,
+    assert_as_accurate,
+    assert_best_blocks,
+    input_shapes,
+    make_inputs,
+)
 from tests.posed import Solution, assert_result, assert_solves, pose, read_keys, with_nan
 from tests.programs import QUICK
 from train.config import PRESETS
@@ -49,24 +58,9 @@ def choose(inputs, *, case: Case) -> jax.Array:
 
 
 @functools.partial(once, static_argnames="case")
-def block_scores(inputs, *, case: Case) -> jax.Array:
-    """Of every block for every query, [B, T, K, M], as the reference computes them."""
-    batch, length, kv_heads = case.batch, case.queries, case.kv_heads
-    start = jnp.broadcast_to(jnp.asarray(inputs.query_start, jnp.int32), (batch,))
-    position = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
-    query = inputs.query.reshape(batch, length, kv_heads, -1, case.head_dim).astype(jnp.float32)
-    rows = []
-    for b in range(batch):
-        segment_ids = None if inputs.segment_ids is None else inputs.segment_ids[b]
-        key = inputs.compressed.key[b].astype(jnp.float32)
-        visible = reference.visible_compressed(position[b], key.shape[0], segment_ids, case.config)
-
-        def one_head(query, key, visible=visible):
-            p = reference.probabilities(query, key, visible, case.head_dim**-0.5).sum(axis=1)
-            return reference.importance(p, case.config.num_blocks(case.keys), case.config)
-
-        rows.append(jax.vmap(one_head, in_axes=1, out_axes=1)(query[b], key))
-    return jnp.stack(rows)
+def scores_of(inputs, *, case: Case) -> jax.Array:
+    places = dict(query_start=inputs.query_start, segment_ids=inputs.segment_ids)
+    return block_scores(inputs.query, inputs.compressed.key, config=case.config, num_keys=case.keys, **places)
 
 
 def cotangent_of(case: Case) -> jax.Array:
@@ -127,7 +121,7 @@ def test_long_texts(name: str, dtype: str):
     reference = exact if dtype == "float32" else solve(inputs, blocks, cotangent, case=case, implementation="xla")
     actual = solve(inputs, blocks, cotangent, case=case, implementation="pallas")
     assert_all_as_accurate(actual, reference, exact, case)
-    assert_best_blocks(actual.blocks, exact.blocks, block_scores(inputs, case=case))
+    assert_best_blocks(actual.blocks, exact.blocks, scores_of(inputs, case=case))
     assert_same_bits(solve(inputs, blocks, cotangent, case=case, implementation="pallas"), actual)
 
 
@@ -161,7 +155,7 @@ def test_long_262208_tokens():
     """Queries of more than 2 ** 32 bytes, which takes 64-bit offsets; rows here and there against the reference."""
     length = 2**18 + 64
     case = Case(PAPER, queries=length, keys=length, heads=64, kv_heads=4, head_dim=128, value_head_dim=128)
-    shapes = jax.eval_shape(lambda: make_inputs(case, dtype="bfloat16"))
+    shapes = input_shapes(case, dtype="bfloat16")
 
     @jax.jit
     def draw():

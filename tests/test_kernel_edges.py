@@ -9,7 +9,7 @@ import pytest
 
 import pallas_kernels
 from nsa_jax import NSAConfig, nsa_attention
-from nsa_jax.testing import SMALL, Case, assert_as_accurate, make_inputs
+from nsa_jax.testing import SMALL, Case, assert_as_accurate, input_shapes, make_inputs
 from pallas_kernels import inverse_lists, selected_by_block, tiles
 from pallas_kernels.positions import BlockRanges
 from pallas_kernels.selected_attention import free_blocks, queries_per_tile, unions
@@ -17,7 +17,7 @@ from pallas_kernels.selected_by_block import goes_by_block
 from tests.programs import QUICK, equations
 from tests.test_lowering import for_cuda, verified_kernels
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "uncollected")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # By block with the rule's tile, whose rows are more than most lists have queries: those too many write nowhere.
 TINY = Case(heads=2, kv_heads=1, head_dim=8, value_head_dim=8)
@@ -152,7 +152,7 @@ def test_a_union_has_room(group, slots):
 )
 def test_long_choices_lower_for_cuda(group, config, slots):
     case = Case(config=config, queries=2048, keys=2048, heads=2 * group, kv_heads=2, head_dim=64, value_head_dim=64)
-    shapes = jax.eval_shape(lambda: make_inputs(case, dtype="bfloat16"))
+    shapes = input_shapes(case, dtype="bfloat16")
     blocks = None if slots is None else jax.ShapeDtypeStruct((1, 2048, 2, slots), jnp.int32)
 
     def run(inputs, blocks):
@@ -169,7 +169,9 @@ def test_long_choices_lower_for_cuda(group, config, slots):
 def test_vmap_lowers_for_cuda(group):
     """By block and by query: an axis more than a GPU's grid has."""
     case = Case(config=NSAConfig(), queries=512, keys=512, heads=2 * group, kv_heads=2, head_dim=64, value_head_dim=64)
-    shapes = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.stack([x] * 3), make_inputs(case, dtype="bfloat16")[:5]))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), input_shapes(case, dtype="bfloat16")[:5]
+    )
 
     def run(*tensors):
         where = dict(config=case.config, scale=0.125, query_start=0, window_start=0, segment_ids=None)
@@ -184,7 +186,7 @@ def test_vmap_lowers_for_cuda(group):
 def test_the_most_blocks_lower_for_cuda():
     config = NSAConfig(1, 1, 1, 64, 1, 2, 1)
     case = Case(config=config, queries=8, keys=2**16, heads=1, kv_heads=1, query_start=2**16 - 8)
-    shapes = jax.eval_shape(lambda: make_inputs(case))
+    shapes = input_shapes(case)
 
     def run(inputs):
         where = dict(config=config, num_keys=case.keys, query_start=inputs.query_start, segment_ids=None, scale=0.25)

@@ -1,6 +1,7 @@
 """What interpretation cannot see: the kernels lowered for CUDA, on a machine without a GPU. They are not run."""
 
 import contextlib
+import functools
 import importlib
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
 from nsa_jax import NSAConfig
-from nsa_jax.testing import CASES, Case, make_inputs
+from nsa_jax.testing import CASES, Case, input_shapes
+from pallas_kernels import flash
 
 # Tests alone may look inside of jax.
 from jax._src import mesh as mesh_lib  # isort: skip
@@ -47,7 +50,7 @@ def for_cuda() -> contextlib.AbstractContextManager:
 
 def lowered(case: Case, dtype: str) -> str:
     """Forward, backward and the choice of blocks, as text."""
-    shapes = jax.eval_shape(lambda: make_inputs(case, dtype=dtype))
+    shapes = input_shapes(case, dtype=dtype)
 
     def run(inputs):
         where = dict(query_start=inputs.query_start, window_start=inputs.window_start, segment_ids=inputs.segment_ids)
@@ -57,7 +60,8 @@ def lowered(case: Case, dtype: str) -> str:
 
     with for_cuda():
         program = jax.jit(run).trace(shapes).lower(lowering_platforms=("cuda",))
-    assert verified_kernels(program)
+    kernels = read_kernels(program)
+    assert kernels and not any("tt.atomic" in kernel.text for kernel in kernels)
     return program.as_text()
 
 
@@ -87,7 +91,14 @@ def read_kernels(program: jax.stages.Lowered) -> list[Kernel]:
             module = ir.Module.parse(config["ir"].value_bytes)
             assert module.operation.verify()
             kernels.append(Kernel(config["name"].value, str(module), aliases))
+            assert not rounded_dots(kernels[-1].text)
     return kernels
+
+
+def rounded_dots(text: str) -> list[str]:
+    """Products of float32 in which its numbers would be rounded to TF32; IEEE is what Triton says nothing of."""
+    dots = [line for line in text.splitlines() if "tt.dot " in line]
+    return [line for line in dots if "xf32> * " in line and "inputPrecision" in line and "ieee" not in line]
 
 
 def verified_kernels(program: jax.stages.Lowered) -> int:
@@ -139,6 +150,18 @@ SIZES = [
     (12, 128, 128),
     (64, 64, 64),
 ]
+
+
+def test_a_loop_over_the_places_in_a_block_lowers_for_cuda():
+    """Of 9 units, which go one by one: too many to unroll."""
+    case = Case(config=NSAConfig(9, 3, 27, 4, 1, 1), queries=50, keys=260, query_start=210)
+    assert_is_in_kernels(lowered(case, "bfloat16"), case)
+
+
+def test_a_dot_that_rounds_to_tf32_is_found(monkeypatch):
+    monkeypatch.setattr(flash, "dot", functools.partial(jnp.dot, preferred_element_type=jnp.float32))
+    with pytest.raises(AssertionError, match="tf32"):
+        lowered(CASES["one_token"], "float32")
 
 
 @pytest.mark.parametrize(("group", "size", "value_size"), SIZES)

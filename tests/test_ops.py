@@ -15,7 +15,7 @@ from jax.ad_checkpoint import print_saved_residuals
 import nsa_jax
 import pallas_kernels
 from nsa_jax import NSAConfig, nsa_attention, ops, reference, save_attention, select_blocks
-from nsa_jax.testing import CASES, SMALL, make_inputs
+from nsa_jax.testing import CASES, SMALL, input_shapes, make_inputs
 from tests.posed import ring_of
 from tests.programs import equations
 
@@ -47,6 +47,15 @@ CASE = CASES["one_query_late"]
 def same_bits(actual, expected):
     assert actual.dtype == expected.dtype
     np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_of_inputs_are_known_before_they_are_drawn(name):
+    shapes, inputs = input_shapes(CASES[name], dtype="bfloat16"), make_inputs(CASES[name], dtype="bfloat16")
+    assert jax.tree.structure(shapes) == jax.tree.structure(inputs)
+    for shape, array in zip(*map(jax.tree.leaves, (shapes, inputs)), strict=True):
+        array = jnp.asarray(array)
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
 
 
 # Names of implementations.
@@ -81,7 +90,7 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_kernels_refuse_what_they_do_not_take(function, reason):
     case = dataclasses.replace(CASE, **REFUSED[reason])
-    inputs = jax.eval_shape(lambda: make_inputs(case))
+    inputs = input_shapes(case)
     with pytest.raises(NotImplementedError, match=f"implementation='pallas_interpret': the kernels .*{reason}"):
         jax.eval_shape(lambda inputs: function(case, inputs, implementation="pallas_interpret"), inputs)
 
@@ -91,7 +100,7 @@ def test_slots_of_the_caller_count_as_far_as_there_are_blocks():
     config = NSAConfig(1, 1, 1, 2, 1, 1, 1)
     for keys, slots in ((70, 5000), (1100, 1024), (1100, 1025)):
         case = dataclasses.replace(CASE, config=config, queries=2, keys=keys)
-        inputs = jax.eval_shape(lambda case=case: make_inputs(case))
+        inputs = input_shapes(case)
         blocks = jax.ShapeDtypeStruct((case.batch, 2, case.kv_heads, slots), jnp.int32)
 
         def run(inputs, blocks, case=case):
