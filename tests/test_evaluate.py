@@ -60,6 +60,8 @@ def test_the_loss_is_that_of_the_models_logits_on_each_token_once(tiny_run):
     assert result.bits_per_byte == pytest.approx(
         nats[real].mean() / math.log(2) * len(tokens) / (len(tokens) - 1), rel=1e-5
     )
+    per_byte = result.bits_per_byte / result.loss
+    assert all(bucket.bits_per_byte == pytest.approx(bucket.loss * per_byte) for bucket in result.by_position)
     edges = [0, 1, 2, 4, 8, 16, 32]
     assert [(bucket.start, bucket.end) for bucket in result.by_position] == list(itertools.pairwise(edges))
     for bucket in result.by_position:
@@ -115,9 +117,9 @@ def test_buckets_are_weighted_by_the_targets_that_count(monkeypatch):
     assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) / 2)
     # At position 1 nothing counts, and 4 .. 5 is what is left of 4 .. 7.
     assert [dataclasses.astuple(bucket) for bucket in result.by_position] == [
-        (0, 1, pytest.approx(5)),
-        (2, 4, pytest.approx((2 + 12 + 13) / 3)),
-        (4, 6, pytest.approx(9)),
+        (0, 1, pytest.approx(5), pytest.approx(5 / math.log(2) / 2)),
+        (2, 4, pytest.approx((2 + 12 + 13) / 3), pytest.approx((2 + 12 + 13) / 3 / math.log(2) / 2)),
+        (4, 6, pytest.approx(9), pytest.approx(9 / math.log(2) / 2)),
     ]
 
 
@@ -180,7 +182,11 @@ def full_run(tiny_run, tmp_path_factory):
 def test_eval_loss_writes_numbers_and_one_figure_of_all_runs(tiny_run, full_run, tmp_path, capsys, monkeypatch):
     drawn = []
     loss_by_position = plots.loss_by_position
-    monkeypatch.setattr(plots, "loss_by_position", lambda *args: (drawn.append(args[0]), loss_by_position(*args))[1])
+    monkeypatch.setattr(
+        plots,
+        "loss_by_position",
+        lambda *args, **rest: (drawn.append((args[0], rest)), loss_by_position(*args, **rest))[1],
+    )
     output = tmp_path / "new" / "folder"
     runs = [str(tiny_run.folder), str(full_run)]
     assert main(["eval", "loss", "--run", *runs, "--output", str(output)]) == 0
@@ -190,13 +196,51 @@ def test_eval_loss_writes_numbers_and_one_figure_of_all_runs(tiny_run, full_run,
     assert results[runs[0]] == expected
     assert results[runs[1]]["loss"] > results[runs[0]]["loss"] + 1  # it is untrained
     assert (output / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")
-    assert [list(positions) for positions in drawn] == [runs]
+    assert [(list(positions), rest) for positions, rest in drawn] == [(runs, dict(field="loss"))]
     text = capsys.readouterr().out
     for folder, step in zip(runs, (40, 7)):
         assert f"{folder}, step {step}, {tiny_run.text} (validation): loss {results[folder]['loss']:.4f} nats" in text
     assert f"  positions     16 to 31      loss {expected['by_position'][-1]['loss']:.4f}\n" in text
     assert "different tokenizers" not in text
     assert str(output / "loss_validation.json") in text and str(output / "loss_by_position.png") in text
+
+
+def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte(tiny_run, tmp_path, capsys, monkeypatch):
+    """Of one name and one size, made of different texts."""
+    run, drawn = tiny_run.run, []
+
+    class Shifted(type(run.tokenizer)):
+        def to_json(self):
+            return "another"
+
+    opened = dict(a=run, b=run._replace(tokenizer=Shifted(), folder=tmp_path / "b"))
+    monkeypatch.setattr("train.runs.open_run", lambda folder, **_: opened[folder.name])
+    losses = [evaluate.summarize([[[4.0, 8.0], [1.0, 4.0]]], context=2, bytes_per_token=size) for size in (1.0, 2.0)]
+    monkeypatch.setattr(evaluate, "evaluate_losses", lambda *_, **__: losses)
+    monkeypatch.setattr(plots, "loss_by_position", lambda *args, **rest: drawn.append(rest))
+    for runs, differ in ((["a", "b"], True), (["a", "a"], False)):
+        assert main(["eval", "loss", "--run", *runs, "--output", str(tmp_path)]) == 0
+        assert ("different tokenizers: compare bits per byte" in capsys.readouterr().out) == differ
+        assert drawn.pop() == dict(field="bits_per_byte" if differ else "loss")
+
+
+def test_a_perfect_model_loses_nothing(tiny_run, tmp_path, monkeypatch):
+    """Of a text in which each letter tells the next one."""
+    (tmp_path / "text.txt").write_text("abcdefghijklmnop" * 20)
+
+    def sure_of_the_next(self, tokens, segment_ids=None):
+        following = jnp.where(tokens == ord("p"), ord("a"), tokens + 1)
+        return 100.0 * jax.nn.one_hot(following, self.padded_vocab_size)
+
+    monkeypatch.setattr(LanguageModel, "hidden", sure_of_the_next)
+    monkeypatch.setattr(LanguageModel, "logits", lambda self, hidden: hidden)
+    network = Network(dataclasses.replace(MODEL, attention="window", num_layers=1), 257)
+    run = tiny_run.run._replace(network=network, params=random_params(network))
+    result = evaluate_loss(run, text=str(tmp_path / "text.txt"))
+    # But for the end of the document, which no letter tells: 100 nats, once.
+    assert result.loss == pytest.approx(100 / result.tokens, rel=1e-5) and result.tokens == 320
+    assert [bucket.loss for bucket in result.by_position][:-1] == pytest.approx([0] * 5, abs=1e-6)
+    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) * 321 / 320)
 
 
 @pytest.mark.usefixtures("compiled_meter")

@@ -1,8 +1,10 @@
 """Needles and recall of planted and of real models, and evaluations that are interrupted."""
 
+import dataclasses
 import json
 import re
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 
 from nsa_jax import NSAConfig
+from nsa_jax.module import NativeSparseAttention
 from tests.tiny import MODEL, make_config, random_params, replace_model, save_untrained
-from train import evaluate_mqar, evaluate_niah, evaluation
+from train import evaluate_mqar, evaluate_niah, evaluation, plots
 from train.__main__ import main
 from train.checkpoint import CheckpointError
 from train.data import Document
@@ -22,6 +25,7 @@ from train.evaluate_mqar import choose_cells, measure_cell
 from train.evaluate_niah import SelectionAnswers, agreement, chance_of_hits, mean_hit_rates, score
 from train.evaluation import Answers, Parts
 from train.model import Network
+from train.mqar import make_recall
 from train.niah import RECIPES, NeedleMaker, make_haystack
 from train.runs import load_own_corpus, open_run
 from train.tokenizer import ByteTokenizer
@@ -83,18 +87,9 @@ def says_five(tokens):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def recall_accuracy(predict):
-    return measure_cell(
-        Answers(Planted(predict)),
-        {},
-        48,
-        6,
-        8,
-        vocab_size=VOCAB,
-        examples=250,
-        batch_size=100,
-        seed=0,
-    )
+def recall_accuracy(predict, *, batch_size=100, **others):
+    sizes = dict(length=48, pairs=6, vocab_size=VOCAB, examples=250, seed=0) | others
+    return measure_cell(Answers(Planted(predict)), {}, **sizes, batch_size=batch_size)
 
 
 def test_a_model_that_recalls_has_every_query_right():
@@ -102,15 +97,29 @@ def test_a_model_that_recalls_has_every_query_right():
     assert cell["accuracy"] == 1 and cell["queries"] == 1500
 
 
-def test_no_two_examples_of_recall_are_the_same():
-    rows = []
+def test_examples_of_recall_are_all_different_whatever_the_batch():
+    def examples(**sizes):
+        rows = []
 
-    def see(tokens):
-        rows.extend(row.tobytes() for row in np.asarray(tokens))
-        return np.zeros(tokens.shape, np.int32)
+        def see(tokens):
+            rows.extend(row.tobytes() for row in np.asarray(tokens))
+            return np.zeros(tokens.shape, np.int32)
 
-    recall_accuracy(see)
+        recall_accuracy(see, **sizes)
+        return rows
+
+    rows = examples()
     assert len(set(rows)) == len(rows) == 300
+    assert examples(batch_size=50) == rows[:250] and examples(batch_size=7)[:250] == rows[:250]
+    assert examples(examples=1, batch_size=1, seed=1) != rows[:1]
+
+
+def test_no_example_of_recall_has_the_draws_of_a_row_that_is_trained_on():
+    """Row 48 of a mixture draws from (seed, 48, 1)."""
+    first = []
+    recall_accuracy(lambda tokens: first.append(tokens[0]) or tokens, pairs=1, examples=1, batch_size=1)
+    trained_on = make_recall(Draws(0, 48, 1), num_examples=1, length=48, pairs=1, vocab_size=VOCAB)
+    assert (first[0] != trained_on.tokens[0]).any()
 
 
 def test_a_blind_model_recalls_by_chance():
@@ -245,6 +254,33 @@ def test_a_hit_rate_is_the_mean_over_the_tokens_of_values():
     assert 3 / 8 <= early.chance <= 3 / 7
 
 
+@pytest.mark.parametrize("sees", [True, False], ids=["perfect", "blind"])
+def test_hit_rates_of_planted_selections(monkeypatch, sees):
+    """Blocks that hold every source of the example, and blocks drawn at random beside the forced ones: all, and chance."""
+    config = NSAConfig(4, 4, 16, 6, 1, 2, 6)
+    network = Network(dataclasses.replace(MODEL, num_layers=1, nsa=config), VOCAB)
+    maker = NeedleMaker(ByteTokenizer(), make_haystack([Document("story", STORY)], ByteTokenizer()))
+    examples = [maker.make(Draws(seed), "passkey", length=400, depth=10 * (seed % 11)) for seed in range(64)]
+    wanted = np.full((64, 1, 1, 6), -1, np.int32)
+    for row, example in enumerate(examples):
+        held = np.unique(example.source[example.value >= 0] // 16)
+        wanted[row, 0, 0, : len(held)] = held
+    draws = np.random.default_rng(0)
+    drawn = np.full((64, 400, 1, 6), -1, np.int32)
+    for row, at in np.ndindex(64, 400):
+        own = at // 16
+        forced = [j for j in range(own + 1) if j < 1 or j > own - 2]
+        free = draws.permutation([j for j in range(own + 1) if j not in forced])[:3].tolist()
+        drawn[row, at, 0, : len(forced + free)] = forced + free
+    blocks = jnp.asarray(np.broadcast_to(wanted, drawn.shape) if sees else drawn)
+    monkeypatch.setattr(NativeSparseAttention, "select_blocks", lambda self, x: blocks)
+    monkeypatch.setattr(NativeSparseAttention, "__call__", lambda self, x, **_: jnp.zeros_like(x))
+    scores = score(SelectionAnswers(network), random_params(network), examples, config)
+    hit_rate, chance = np.mean([one.hit_rate for one in scores]), np.mean([one.chance for one in scores])
+    assert 0.1 < chance < 0.3
+    assert hit_rate == 1 if sees else hit_rate == pytest.approx(chance, abs=0.05)
+
+
 @pytest.mark.parametrize("num_initial, num_local, num_selected", [(1, 2, 4), (0, 0, 2), (0, 2, 2), (2, 1, 9)])
 def test_chance_is_that_of_blocks_that_are_drawn(num_initial, num_local, num_selected):
     """Every query and source of 12 blocks; each query draws 4000 times."""
@@ -304,6 +340,9 @@ def test_eval_niah_goes_on_after_an_interruption(runs, tmp_path, capsys, monkeyp
         assert (tmp_path / "whole" / name).read_bytes().startswith(b"\x89PNG")
     assert list(mean_hit_rates(whole)) == ["single_2, 320 tokens\nblocks at random: 1%"]
 
+    # From here on only the numbers are looked at.
+    for name in ("needle_map", "hit_rates"):
+        monkeypatch.setattr(plots, name, lambda _, path: path)
     counted, score = [], evaluate_niah.score
 
     def interrupted(*args, **kwargs):
@@ -338,7 +377,15 @@ def test_eval_niah_goes_on_after_an_interruption(runs, tmp_path, capsys, monkeyp
     written = text.read_text()
     text.write_text(written.replace("nothing", "anything"))
     assert main(command) == 0 and len(counted) == 13 + 4
+    # Depths and the number of those decoded, which a decoded part alone depends on.
+    assert main([*command, "--depths", "2"]) == 0 and len(counted) == 17 + 1
+    assert main([*command, "--generate", "1"]) == 0 and len(counted) == 18 + 1
+    assert main([*command, "--generate", "0", "--examples", "1"]) == 0 and len(counted) == 19 + 3
+    # No text is in the haystack of a passkey.
+    passkey = ["passkey" if word == "single_2" else word for word in command]
+    assert main(passkey) == 0 and len(counted) == 22 + 4
     text.write_text(written)
+    assert main(passkey) == 0 and len(counted) == 26
 
 
 def decoding(predict):
@@ -356,9 +403,19 @@ def decoding(predict):
 
 @pytest.mark.parametrize("predict, right", [(finds_needles, 1), (says_five, 0)], ids=["perfect", "blind"])
 def test_eval_niah_of_planted_models_without_nsa(runs, tmp_path, capsys, monkeypatch, predict, right):
-    monkeypatch.setattr(evaluate_niah, "Answers", lambda network: Answers(Planted(predict)))
+    traced, decoded = [], []
 
-    monkeypatch.setattr(evaluate_niah, "decode", decoding(predict))
+    class Traced(Planted):
+        def hidden(self, tokens):
+            traced.append(tokens.shape)
+            return super().hidden(tokens)
+
+    def decode(run, prompts, lengths, num_tokens):
+        decoded.append((*prompts.shape, num_tokens))
+        return decoding(predict)(run, prompts, lengths, num_tokens)
+
+    monkeypatch.setattr(evaluate_niah, "Answers", lambda network: Answers(Traced(predict)))
+    monkeypatch.setattr(evaluate_niah, "decode", decode)
     command = ["eval", "niah", "--run", str(runs / "window"), *NIAH, "--generate", "3", "--output", str(tmp_path)]
     assert main(command) == 0
     out = capsys.readouterr().out
@@ -370,9 +427,14 @@ def test_eval_niah_of_planted_models_without_nsa(runs, tmp_path, capsys, monkeyp
     for task in result["tasks"].values():
         for cell in task["cells"]:
             assert cell["exact"] == cell["values"] == right and "hit_rate" not in cell
-        for decoded in task["decoded"]:
-            assert (decoded["exact"], decoded["agree"], decoded["examples"]) == (right, 1, 3)
+        for one in task["decoded"]:
+            assert (one["exact"], one["agree"], one["examples"]) == (right, 1, 3)
     assert not (tmp_path / "niah_selection.png").exists()
+    # One program for each length, whatever the task and the prompts: three examples are a batch and half of one.
+    assert sorted(traced) == [(2, 192), (2, 384)]
+    assert set(decoded) == {(2, 192, 64), (2, 384, 64)} and len(decoded) == 2 * sum(
+        len(task["decoded"]) for task in result["tasks"].values()
+    )
 
 
 @pytest.mark.parametrize("split", ["validation", "train"])
@@ -428,8 +490,23 @@ def test_eval_mqar_measures_several_runs(runs, tmp_path, capsys, monkeypatch):
         ]
     assert (tmp_path / "mqar.png").read_bytes().startswith(b"\x89PNG")
     assert "length    64  pairs  16  accuracy 100.0%  (one of the values at random 6.2%)" in capsys.readouterr().out
-    monkeypatch.setattr(evaluate_mqar, "Answers", lambda network: Answers(Planted(None)))
-    assert main(command) == 0  # all is kept
+    opened = {folder: open_run(folder) for folder in map(Path, folders)}
+    measured, some_cell = [], results[folders[0]]["cells"][0]
+    monkeypatch.setattr("train.runs.open_run", lambda folder, **_: opened[folder])
+    monkeypatch.setattr(evaluate_mqar, "measure_cell", lambda *args, **rest: measured.append(args[2:]) or some_cell)
+    monkeypatch.setattr(plots, "recall", lambda _, path: path)
+    # What a cell depends on, and no more: with more pairs of a length the others are kept.
+    for flags, anew in (
+        ([], 0),
+        (["--pairs", "2", "16", "8", "2"], 2),
+        (["--seed", "1"], 3),
+        (["--examples", "6"], 3),
+        (["--batch-size", "5"], 3),
+        ([], 0),
+    ):
+        measured.clear()
+        assert main([*command, *flags]) == 0
+        assert len(measured) == 2 * anew  # of each run
 
 
 def test_recall_of_a_real_model(runs):
@@ -538,6 +615,34 @@ def test_a_part_counts_by_what_it_is_of(tmp_path):
         assert parts("a name", lambda: 4, of=dict(of=2)) == 4
 
 
+def test_a_half_written_line_is_cut_off(tmp_path, capsys):
+    path = tmp_path / "some.parts.jsonl"
+    for result in (1, 2, 3):
+        with Parts(tmp_path, "some", {}, total=1) as parts:
+            assert parts("one", lambda result=result: result) == 1
+        with path.open("ab") as file:
+            file.write(b'{"part": "tw\xe2')
+    assert "cannot be read" not in capsys.readouterr().out
+    assert path.read_bytes().count(b"\n") == 1
+
+
+def test_a_large_file_loses_the_parts_of_other_code(tmp_path, capsys, monkeypatch):
+    def start(code, seed, result):
+        monkeypatch.setattr(evaluation, "code_sha256", lambda: code)
+        with Parts(tmp_path, "some", dict(seed=seed), total=1) as parts:
+            return parts("one", lambda: result), capsys.readouterr().out
+
+    assert start("old", 0, 1)[0] == 1 and start("new", 0, 2)[0] == 2 and start("new", 1, 3)[0] == 3
+    monkeypatch.setattr(evaluation, "LARGEST_FILE", 10)
+    result, out = start("new", 0, 4)
+    assert result == 2 and "larger than 10 bytes: 1 parts of other code are dropped" in out
+    # What is left is large, and all of this code.
+    result, out = start("new", 1, 5)
+    assert result == 3 and "dropped" not in out
+    assert start("old", 0, 6)[0] == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["some.parts.jsonl"]
+
+
 @pytest.mark.parametrize("damage", [b"[1, 2]\n", b'{"settings": 3}\n', b"\xff\xfe\x00\n", b"{\n"], ids=repr)
 def test_a_damaged_line_is_said_and_the_others_count(tmp_path, capsys, damage):
     path = tmp_path / "some.parts.jsonl"
@@ -551,6 +656,7 @@ def test_a_damaged_line_is_said_and_the_others_count(tmp_path, capsys, damage):
 
 def test_sigterm_is_told_what_is_kept(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
+    assert before is not evaluation._stop  # which another start has left
     with pytest.raises(
         Interrupted, match="some stopped at part 1 of 2; what is done is in .*some.parts.jsonl"
     ) as caught:

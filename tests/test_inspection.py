@@ -25,6 +25,7 @@ from train.inspection import (
     layer_numbers,
     look,
     look_closely,
+    share_read,
     summarize,
 )
 from train.model import Network
@@ -73,6 +74,22 @@ def test_covered_mass_is_that_of_each_querys_softmax(monkeypatch, chunk_scores):
                 expected = sum(mass[head][block] for block in blocks[at, kv_head] if block >= 0)
                 assert float(found.selected[head, at]) == pytest.approx(expected, abs=2e-6)
                 assert float(found.best[head, at]) == pytest.approx(sum(mass[head][b] for b in best), abs=2e-6)
+
+
+def test_all_mass_is_covered_by_a_choice_that_sees_it_and_none_by_a_blind_one():
+    """Each query looks for one token alone, in block 2 of 8; where all tokens are alike, blocks cover what they read."""
+    key = np.zeros((32, 1, 4), np.float32)
+    key[9, 0] = 1000
+    for block, covered in ((2, 1), (0, 0)):
+        found = covered_mass(
+            jnp.ones((32, 2, 4)), jnp.asarray(key), jnp.full((32, 1, 1), block, jnp.int32), select_block=4
+        )
+        np.testing.assert_allclose(found.selected[:, 9:], covered, atol=1e-6)
+        np.testing.assert_allclose(found.best[:, 9:], 1, atol=1e-6)
+    blocks = np.full((32, 1, 2), -1, np.int32)
+    blocks[:, 0, 0] = np.arange(32) // 4
+    found = covered_mass(jnp.ones((32, 2, 4)), jnp.ones((32, 1, 4)), jnp.asarray(blocks), select_block=4)
+    np.testing.assert_allclose(found.selected, np.broadcast_to(share_read(blocks, 4), (2, 32)), rtol=1e-5)
 
 
 def numbers(choices: Choices, mass: Mass, config) -> dict:
@@ -443,13 +460,13 @@ def test_inspect_measures_anew_what_is_not_the_same(tiny_run, tmp_path, capsys, 
     assert inspect() == (1, "")
     count, out = inspect()
     assert count == 0 and "has parts, 1 of these settings: going on" in out
-    # What is not read, and a length that is that of the text, change nothing; nor does a copy of the folder.
+    # A length that is that of the text changes nothing; nor does a copy of the folder, or what the text is called.
     assert inspect(length=19)[0] == inspect(run=tiny_run.run._replace(folder=tmp_path))[0] == 0
+    assert inspect(source="another")[0] == 0
     other = jax.tree.map(lambda x: x + 1, tiny_run.run.params)
     for changed in (
         dict(length=16),
         dict(text="the quick brown dog"),
-        dict(source="another"),
         dict(run=open_run(tiny_run.folder, step=30)),
         dict(run=tiny_run.run._replace(params=other)),
     ):
@@ -458,7 +475,7 @@ def test_inspect_measures_anew_what_is_not_the_same(tiny_run, tmp_path, capsys, 
         assert inspect(**changed)[0] == inspect()[0] == 0
     monkeypatch.setattr("train.evaluation.code_sha256", lambda: "other")
     count, out = inspect()
-    assert count == 1 and "has parts, 0 of these settings, 6 of others or of other code: going on" in out
+    assert count == 1 and "has parts, 0 of these settings, 5 of others or of other code: going on" in out
 
 
 def test_inspect_refuses_what_it_cannot_read(tiny_run, tmp_path):

@@ -102,6 +102,16 @@ def test_loss_by_position(draw):
     assert same(drawn.colour(axes, 40**0.5, 2.0), plots.RUN_COLOURS[0])
     assert same(drawn.colour(axes, 8**0.5, 3.0), plots.RUN_COLOURS[1])
     assert same(drawn.colour(axes, 8**0.5, 2.3), plots.PAPER)
+    assert axes.get_ylabel() == "loss (nats per token)"
+
+
+def test_loss_by_position_in_bits_per_byte(draw):
+    buckets = [
+        {"start": 0, "end": 1, "loss": 5.0, "bits_per_byte": 1.5},
+        {"start": 1, "end": 4, "loss": 4.0, "bits_per_byte": 1.0},
+    ]
+    axes = (drawn := draw(plots.loss_by_position, {"NSA": buckets}, field="bits_per_byte")).figure.axes[0]
+    assert axes.get_ylabel() == "loss (bits per byte)" and same(drawn.colour(axes, 1, 1.5), plots.RUN_COLOURS[0])
 
 
 def test_selected_blocks(draw):

@@ -89,13 +89,16 @@ def eval_loss(
         )
         for bucket in result.by_position:
             print(f"  positions {bucket.start:>6} to {bucket.end - 1:<6}  loss {bucket.loss:.4f}")
-    if len({(one.config.data.tokenizer, one.network.vocab_size) for one in opened}) > 1:
+    comparable = len({one.tokenizer.to_json() for one in opened}) == 1
+    if not comparable:
         print(
-            "These runs have different tokenizers: compare bits per byte; nats, positions and the figure are of their tokens."
+            "These runs have different tokenizers: compare bits per byte, which the figure shows; nats and positions are of "
+            "each one's own tokens."
         )
     written = write_json(output / f"loss_{split if text is None else 'text'}.json", table)
     positions = {folder: result["by_position"] for folder, result in table.items()}
-    print(f"written: {written}, {plots.loss_by_position(positions, output / 'loss_by_position.png')}")
+    field: Literal["loss", "bits_per_byte"] = "loss" if comparable else "bits_per_byte"
+    print(f"written: {written}, {plots.loss_by_position(positions, output / 'loss_by_position.png', field=field)}")
 
 
 def eval_niah(
@@ -188,7 +191,7 @@ def eval_mqar(
         lengths: Tokens of an example, even, below the size of the vocabulary; 64 to 512 if not given.
         pairs: Key-value pairs, at most a quarter of the length; 4 to 64 if not given.
         examples: Of a length and number of pairs.
-        batch_size: Examples at a time; they are others with another size.
+        batch_size: Examples at a time.
         seed: Of the examples.
         beyond_context: Allow lengths beyond the context that a run was trained with.
         step: Checkpoint to read; the last one if not given.

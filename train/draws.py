@@ -8,7 +8,8 @@ class Draws:
     """Draws in sequence from PCG64, whose raw bits NumPy promises never to change (of `Generator` it promises no such thing).
 
     Args:
-        seed: whole numbers, not negative, that name the sequence, such as (seed of the run, index of the example).
+        seed: whole numbers, not negative, that name the sequence, such as (seed of the run, index of the example). Of
+            up to four, zeros at the end do not count: (1, 2) and (1, 2, 0) are one sequence.
     """
 
     def __init__(self, *seed: int):

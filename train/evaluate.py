@@ -23,11 +23,12 @@ Split = Literal["validation", "test", "train"]
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Mean loss, in nats per token, of the targets at positions `start` to `end - 1` of the context."""
+    """Of the targets at positions `start` to `end - 1` of the context: nats per token, and bits per byte of the whole text."""
 
     start: int
     end: int
     loss: float
+    bits_per_byte: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,8 @@ def summarize(sums: Sequence[npt.ArrayLike], *, context: int, bytes_per_token: f
     for bucket_loss, weight in zip(losses.tolist(), weights.tolist(), strict=True):
         end = min(max(1, 2 * start), context)
         if weight:
-            buckets.append(Bucket(start, end, bucket_loss / weight))
+            nats = bucket_loss / weight
+            buckets.append(Bucket(start, end, nats, bits_per_byte(nats, bytes_per_token)))
         start = end
     return Loss(mean, bits_per_byte(mean, bytes_per_token), int(weights.sum()), tuple(buckets))
 

@@ -10,10 +10,12 @@ import numpy as np
 from train.draws import Draws
 from train.evaluation import Answers, Parts, check_lengths, check_numbers, describe_run
 from train.model import Params
-from train.mqar import check_recall, make_recall
+from train.mqar import Recall, check_recall, make_recall
 from train.runs import Run
 
 PAIRS = (4, 8, 16, 32, 64)  # of zoology's paper
+# The last number of the draws: zeros at the end do not count, and `train.mixture` ends with 1.
+_EXAMPLES = 2
 LENGTHS = (64, 128, 256, 512)
 
 
@@ -50,24 +52,23 @@ def measure_cell(
     params: Params,
     length: int,
     pairs: int,
-    padded_pairs: int,
     *,
     vocab_size: int,
     examples: int,
     batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Of `examples` examples: queries, and the share of them answered right. Shapes depend on length and padded_pairs alone."""
+    """Of `examples` examples: queries, and the share of them answered right. Shapes depend on length and batch_size alone."""
+
+    def make(index: int) -> Recall:
+        draws = Draws(seed, length, pairs, index, _EXAMPLES)
+        return make_recall(draws, num_examples=1, length=length, pairs=pairs, vocab_size=vocab_size)
+
     correct = 0
     for first in range(0, examples, batch_size):
-        recall = make_recall(
-            Draws(seed, length, pairs, first),
-            num_examples=batch_size,
-            length=length,
-            pairs=pairs,
-            vocab_size=vocab_size,
-        )
-        positions = np.pad(recall.positions, ((0, 0), (0, padded_pairs - pairs)))
+        recall = Recall(*map(np.concatenate, zip(*map(make, range(first, first + batch_size)), strict=True)))
+        # No example of the length has more pairs than a quarter of it.
+        positions = np.pad(recall.positions, ((0, 0), (0, length // 4 - pairs)))
         predicted = answers(params, recall.tokens, positions)[:, :pairs]
         correct += int((predicted == recall.answers)[: examples - first].sum())
     return dict(
@@ -98,7 +99,7 @@ def evaluate_mqar(
         folder: for the parts.
         lengths, pairs: the cells; zoology's if not given.
         examples: of a cell.
-        batch_size: examples at a time; they are others with another size.
+        batch_size: examples at a time.
         seed: of the examples.
         beyond_context: allow lengths that a run was not trained for.
 
@@ -114,8 +115,6 @@ def evaluate_mqar(
     results: dict[str, Any] = {}
     with Parts(folder, "mqar", settings, total=sum(map(len, chosen))) as parts:
         for run, cells in zip(runs, chosen, strict=True):
-            # Of all cells of a length, so that they share one program.
-            padded = {length: max(count for known, count in cells if known == length) for length, _ in cells}
             measure = functools.partial(
                 measure_cell,
                 Answers(run.network),
@@ -128,7 +127,7 @@ def evaluate_mqar(
             known, found = describe_run(run), []
             for length, count in cells:
                 name, of = f"{run.folder} length {length} pairs {count}", dict(run=known, length=length, pairs=count)
-                found.append(parts(name, measure, length, count, padded[length], of=of))
+                found.append(parts(name, measure, length, count, of=of))
             results[str(run.folder)] = dict(
                 step=run.step, context=run.config.context, vocab_size=run.network.vocab_size, cells=found
             )

@@ -226,11 +226,11 @@ def evaluate_niah(
     haystack = text or f"{run.config.data.text} ({split}): {', '.join(named[:3])}{', ...' * (len(named) > 3)}"
     settings = dict(
         run=describe_run(run),
-        haystack_sha256=hashlib.sha256(b"".join(x.tobytes() for x in sentences)).hexdigest(),
         examples=examples,
         batch_size=batch_size,
         seed=seed,
     )
+    text_sha256 = hashlib.sha256(b"".join(x.tobytes() for x in sentences)).hexdigest()
     selects = run.config.model.attention == "nsa"
     answers = SelectionAnswers(run.network) if selects else Answers(run.network)
     measure = functools.partial(score, answers, run.params, config=run.config.model.nsa)
@@ -246,6 +246,7 @@ def evaluate_niah(
             parts.say(f"{run.folder} has attention={run.config.model.attention!r}, which selects nothing: no hit rates")
         for task, length in chosen:
             result = results.setdefault(task, dict(haystack=_describe_haystack(task, haystack), cells=[]))
+            known = dict(task=task, length=length, text=text_sha256 if RECIPES[task].haystack == "text" else None)
             for depth in percents:
                 name = f"{task} length {length} depth {depth}"
                 result["cells"].append(
@@ -258,6 +259,7 @@ def evaluate_niah(
                         depth,
                         examples,
                         batch_size,
+                        of=known | dict(depth=depth),
                     )
                 )
             if generate:
@@ -265,7 +267,7 @@ def evaluate_niah(
                     _measure_decoding, run, measure, functools.partial(make, task, length), percents, batch_size
                 )
                 name = f"{task} length {length} decoded"
-                of = dict(task=task, length=length, depths=percents, decoded=generate)
+                of = known | dict(depths=percents, decoded=generate)
                 result.setdefault("decoded", []).append(parts(name, some, length, generate, of=of))
     return dict(
         run=str(run.folder),

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ from train.report import duration
 from train.runs import Run, versions
 
 SECONDS_BETWEEN_LINES = 5.0
+# Of a file of parts, in bytes: where it is larger, those of other code are dropped.
+LARGEST_FILE = 2**24
 
 
 def describe_run(run: Run) -> dict[str, Any]:
@@ -67,7 +69,8 @@ class Parts:
     ...     results = [parts(f"depth {depth}", measure, depth) for depth in (0, 100)]
 
     A part is kept with a digest of all that it depends on: the settings, the code, and what the part itself names. A start
-    that wants other parts, or of other settings, or after a change of the code, finds only its own, and loses none.
+    that wants other parts, or of other settings, or after a change of the code, finds only its own, and loses none, until the
+    file is larger than 16 MiB: then the parts of other code are dropped, which no start of this code could use.
 
     Args:
         folder: for the results; made if need be.
@@ -82,18 +85,25 @@ class Parts:
         self._live: Live | None = None
         self._handler: Any = None  # of SIGTERM, before
         folder.mkdir(parents=True, exist_ok=True)
-        self._settings = _digest(dict(settings, code_sha256=code_sha256()))
-        rows, unread, half_written = _read_parts(self.path)
-        self._results = {row["key"]: row["result"] for row in rows}
+        self._code = code_sha256()
+        self._settings = _digest(dict(settings, code_sha256=self._code))
+        rows, unread = _read_parts(self.path)
         if unread:
             self.say(f"{self.path}: {unread} of its lines cannot be read, and what they held is computed anew")
+        if self.path.exists() and self.path.stat().st_size > LARGEST_FILE:
+            own_code = [row for row in rows if row["code"] == self._code]
+            if dropped := len(rows) - len(own_code):
+                self.say(f"{self.path} is larger than {LARGEST_FILE} bytes: {dropped} parts of other code are dropped")
+                partial = self.path.with_suffix(".tmp")
+                partial.write_text("".join(json.dumps(row) + "\n" for row in own_code), encoding="utf-8")
+                partial.replace(self.path)
+                rows = own_code
+        self._results = {row["key"]: row["result"] for row in rows}
         if rows:
             own = sum(row["settings"] == self._settings for row in rows)
             others = f", {len(rows) - own} of others or of other code" if own < len(rows) else ""
             self.say(f"{self.path} has parts, {own} of these settings{others}: going on")
         self._file = self.path.open("a", encoding="utf-8")
-        if half_written:
-            self._file.write("\n")
         self._started = self._last_line = time.monotonic()
         self._computed = 0
 
@@ -128,7 +138,7 @@ class Parts:
         key = _digest([self._settings, part if of is None else of])
         if key not in self._results:
             result = json.loads(json.dumps(compute(*args), default=np.ndarray.tolist))
-            row = dict(key=key, settings=self._settings, part=part, result=result)
+            row = dict(key=key, code=self._code, settings=self._settings, part=part, result=result)
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
             self._results[key] = result
@@ -166,27 +176,24 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-class _Kept(NamedTuple):
-    """What a file of parts holds."""
-
-    rows: list[dict[str, Any]]
-    unread: int  # lines that hold no part
-    half_written: bool  # the last line, which a process that was killed left
-
-
-def _read_parts(path: Path) -> _Kept:
+def _read_parts(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The parts of a file, and the number of its lines that hold none. A last line that is half-written is cut off the file."""
     if not path.exists():
-        return _Kept([], 0, False)
-    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = []
+        return [], 0
+    raw = path.read_bytes()
+    whole = raw.rfind(b"\n") + 1
+    if whole < len(raw):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    lines, rows = raw[:whole].split(b"\n")[:-1], []
     for line in lines:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no UTF-8
             continue
-        if isinstance(row, dict) and {"key", "settings", "part", "result"} <= row.keys():
+        if isinstance(row, dict) and {"key", "code", "settings", "part", "result"} <= row.keys():
             rows.append(row)
-    return _Kept(rows, len(lines) - len(rows), bool(rest))
+    return rows, len(lines) - len(rows)
 
 
 @runtime_checkable

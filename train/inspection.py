@@ -282,8 +282,6 @@ def inspect_text(
     config = run.config.model.nsa
     settings = dict(
         run=describe_run(run),
-        text=source,
-        tokens=len(tokens),
         tokens_sha256=hashlib.sha256(np.asarray(tokens).tobytes()).hexdigest(),
     )
 

@@ -36,6 +36,7 @@ UNREAD = "#F1EFEA"
 DENSE = "#9A9A9A"
 
 LINE: dict[str, Any] = {"linewidth": 1.6, "markersize": 4.5}
+_LOSS_UNITS = {"loss": "loss (nats per token)", "bits_per_byte": "loss (bits per byte)"}
 # "none" keeps every cell a sharp rectangle, and in SVG and PDF leaves the scaling to the viewer.
 CELLS: dict[str, Any] = {"interpolation": "none", "aspect": "auto"}
 
@@ -96,7 +97,12 @@ def loss_curve(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path
     return _save(figure, path)
 
 
-def loss_by_position(results: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> Path:
+def loss_by_position(
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: str | Path,
+    *,
+    field: Literal["loss", "bits_per_byte"] = "loss",
+) -> Path:
     """Draw the loss of tokens over their position in the sequence, on a log axis.
 
     Args:
@@ -104,29 +110,30 @@ def loss_by_position(results: Mapping[str, Sequence[Mapping[str, Any]]], path: s
             0-based positions `start .. end - 1`. A bucket is drawn at the geometric mean of its first and last
             position, counted from 1: start=4, end=8 at `sqrt(5 * 8)`.
         path: the file to write.
+        field: of a bucket that is drawn: "bits_per_byte" is comparable between tokenizers.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: there is no label, a label has no bucket, or a bucket is not `0 <= start < end` with a loss.
+        ValueError: there is no label, a label has no bucket, or a bucket is not `0 <= start < end` with that field.
     """
     if not results:
         raise ValueError("results={} must hold at least one label -> buckets")
     figure = _new_figure(7.2, 4.2)
-    axes = _new_axes(figure, x="position in the sequence (tokens, log scale)", y="loss (nats per token)")
+    axes = _new_axes(figure, x="position in the sequence (tokens, log scale)", y=_LOSS_UNITS[field])
     axes.set_xscale("log", base=2)
     for (label, buckets), (colour, marker) in zip(results.items(), _run_styles(), strict=False):
         if not buckets:
             raise ValueError(f"results[{label!r}]=[] must hold at least one bucket")
         for bucket in buckets:
-            if missing := sorted({"start", "end", "loss"} - bucket.keys()):
+            if missing := sorted({"start", "end", field} - bucket.keys()):
                 raise ValueError(f"results[{label!r}]: {bucket=} must also have {missing}")
             if not 0 <= bucket["start"] < bucket["end"]:
                 raise ValueError(f"results[{label!r}]: {bucket=} must have 0 <= start < end")
         ordered = sorted(buckets, key=lambda bucket: bucket["start"])
         middles = [sqrt((bucket["start"] + 1) * bucket["end"]) for bucket in ordered]
-        losses = [float(bucket["loss"]) for bucket in ordered]
+        losses = [float(bucket[field]) for bucket in ordered]
         axes.plot(middles, losses, color=colour, marker=marker, **LINE, label=label)
     axes.xaxis.set_major_formatter(_format_tokens)
     axes.xaxis.set_tick_params(which="minor", length=0)
