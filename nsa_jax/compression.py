@@ -224,9 +224,8 @@ class _BlockLinear(nnx.Module):
             # Positions added to the one block cost less than the kernel read again for what they give in all.
             units = units + position[None, None, :, None, :]
         kernel = kernel.reshape(num_parts, -1, size, out_size)
-        products = jnp.einsum(
-            "busKi,psio->pbuKo", units, kernel, precision=self.precision
-        )  # u: unit, s: token, p: part
+        # u: unit, s: token, p: part.
+        products = jnp.einsum("busKi,psio->pbuKo", units, kernel, precision=self.precision)
         out = _sum_parts(list(products), count)
         if count == 1:
             return out

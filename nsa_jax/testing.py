@@ -13,8 +13,8 @@ from nsa_jax.config import NSAConfig
 from nsa_jax.reference import importance, probabilities, visible_compressed
 from nsa_jax.shapes import CompressedKey, Gates, KeyValue, Position, Query, SegmentIds
 
-# Scores are tied if they differ by less, beside the best of a query: they are float32 sums of a few hundred probabilities.
-TIE = 1e-5
+# Scores are tied if they differ by less, beside the best of a query: by a few roundings of float32 sums.
+TIE = 32 * float(jnp.finfo(jnp.float32).eps)
 
 SMALL = NSAConfig(
     compress_block=8, compress_stride=4, select_block=16, num_selected=4, num_initial=1, num_local=2, window=20

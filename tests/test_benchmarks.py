@@ -224,7 +224,7 @@ def test_a_wrong_tail_is_found(monkeypatch):
 
 def test_choices_may_differ_only_where_scores_tie():
     wanted, other = (np.asarray(blocks, np.int32).reshape(1, 1, 1, 2) for blocks in ([0, 1], [0, 3]))
-    for gap, tied in ((0.0, True), (4e-6, True), (6e-6, False)):
+    for gap, tied in ((0.0, True), (1.5e-6, True), (2.5e-6, False)):
         scores = np.asarray([0.5, 0.2, 0.1, 0.2 - gap]).reshape(1, 1, 1, 4)
         assert assert_best_blocks(wanted, wanted, scores) == 0
         if tied:
