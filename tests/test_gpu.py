@@ -17,6 +17,7 @@ from nsa_jax.testing import (
     Case,
     assert_as_accurate,
     assert_best_blocks,
+    block_scores,
     input_shapes,
     make_inputs,
 )

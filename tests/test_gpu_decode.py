@@ -286,7 +286,7 @@ def test_a_step_of_a_model_is_one_cuda_graph(tmp_path: Path):
         for call in ("cuGraphLaunch", "cuLaunchKernel")
     )
     kernels = sum(count for name, count in device.items() if not name.startswith(("Memcpy", "Memset")))
-    # The loop's condition is none of the graph's.
-    assert 1 <= graphs <= steps and singly < kernels / 4, (graphs, singly, kernels, host)
+    # The loop's condition is no part of a step's graph, and once at the start has its own.
+    assert 1 <= graphs <= steps + 1 and singly < kernels / 4, (graphs, singly, kernels, host)
     # Projections, rotary, norms, phi and what is written to the cache: tens of kernels a layer, at any length.
     assert kernels <= 60 * (num_layers + 1) * steps, device
