@@ -130,10 +130,11 @@ def extend(
     """
     num_new = selected.key.shape[1]
     positions = cache.lengths[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
+    num_written = jnp.clip(cache.max_length - cache.lengths, 0, num_real)
     grown = cache._replace(
         selected=_write(cache.selected, selected, positions, _real(num_new, num_real)),
-        window=_write_ring(cache.window, window, positions, num_real),
-        uncompressed=_write_ring(cache.uncompressed, compression, positions, num_real),
+        window=_write_ring(cache.window, window, positions, num_written),
+        uncompressed=_write_ring(cache.uncompressed, compression, positions, num_written),
         lengths=cache.lengths + num_real,
     )
     if num_new == 1:
@@ -203,9 +204,11 @@ def _write(x: KeyValue, new: KeyValue, rows: Int32[Array, "B X"], keep: Bool[Arr
     return jax.tree.map(write, x, new)
 
 
-def _write_ring(ring: KeyValue, new: KeyValue, positions: Int32[Array, "B X"], num_real: Int32[Array, "B"]) -> KeyValue:
-    # Of several tokens that fall on one row of the ring, the last real one stays.
+def _write_ring(
+    ring: KeyValue, new: KeyValue, positions: Int32[Array, "B X"], num_written: Int32[Array, "B"]
+) -> KeyValue:
+    # Of several tokens that fall on one row of the ring, the last one stays.
     size = ring.key.shape[1]
     index = jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :]
-    keep = (index < num_real[:, None]) & (index >= num_real[:, None] - size)
+    keep = (index < num_written[:, None]) & (index >= num_written[:, None] - size)
     return _write(ring, new, positions % size, keep)

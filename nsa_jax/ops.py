@@ -349,7 +349,7 @@ def _implementation(
     sizes = dict(num_slots=num_slots, num_keys=num_keys, value_size=value_size)
     reason = pallas_kernels.why_not(query, kv_heads=kv_heads, config=config, scale=scale, **sizes)
     if name != "pallas_interpret":
-        reason = pallas_kernels.why_not_here() or reason
+        reason = pallas_kernels.why_not_here() or reason or pallas_kernels.why_no_room(query, kv_heads, value_size)
     if reason is None:
         return IMPLEMENTATIONS[name or "pallas"]
     if name is None:

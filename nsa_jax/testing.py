@@ -65,6 +65,9 @@ CASES: dict[str, Case] = {
     "many_forced": Case(
         config=dataclasses.replace(SMALL, num_initial=2, num_local=3, num_selected=6), queries=130, keys=130
     ),
+    "many_slots_and_heads": Case(
+        config=NSAConfig(2, 1, 2, 64, 1, 2, 5), queries=12, keys=300, query_start=288, heads=33, kv_heads=1
+    ),
     "window_1": Case(config=dataclasses.replace(SMALL, window=1)),
     "window_longer_than_text": Case(config=dataclasses.replace(SMALL, window=200)),
     "query_start": Case(queries=29, keys=90, query_start=61),
@@ -84,6 +87,8 @@ PAPER = NSAConfig()
 # For a GPU: texts that take several tiles, pieces and chunks, at the sizes of models. Where few blocks are selected, the
 # reference gathers them.
 LONG_CASES: dict[str, Case] = {
+    "long_head_32": Case(PAPER, queries=1500, keys=1500, heads=16, kv_heads=1, head_dim=32, value_head_dim=32),
+    "long_head_256": Case(PAPER, queries=1300, keys=1300, heads=16, kv_heads=1, head_dim=256, value_head_dim=256),
     "long_paper": Case(PAPER, queries=4000, keys=4000, heads=16, kv_heads=1, head_dim=128, value_head_dim=128),
     "long_gathered": Case(
         dataclasses.replace(PAPER, num_selected=6),

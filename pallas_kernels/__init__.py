@@ -15,14 +15,9 @@ tiles.py                 speed knobs; tiles.json: what was found fastest
 support.py               what the kernels take
 """
 
-import warnings
-
 from pallas_kernels.attention import attend, select_blocks
 from pallas_kernels.decode_attention import decode_step
 from pallas_kernels.support import default_device, why_not, why_not_here
+from pallas_kernels.tiles import why_no_room
 
-# JAX announces at every lowering that it means to drop this backend. That concerns this package (its bound on jax), not its
-# users. The lowering comes after our functions have returned, so that only a filter for good can hold this one message.
-warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-
-__all__ = ["attend", "decode_step", "default_device", "select_blocks", "why_not", "why_not_here"]
+__all__ = ["attend", "decode_step", "default_device", "select_blocks", "why_no_room", "why_not", "why_not_here"]

@@ -16,6 +16,7 @@ import contextvars
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -396,6 +397,10 @@ class Launch:
     interpret: bool
 
     def __call__(self, kernel: Callable[..., None], name: str, **arguments: Any) -> Callable[..., Any]:
+        # JAX announces at every lowering that it means to drop this backend. That concerns this package (its bound on jax),
+        # not its users. The lowering comes after our functions have returned, so that only a filter for good can hold this
+        # one message; set anew, for it is lost at the end of any `catch_warnings` that it was set in.
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         # Without explicit Triton parameters, JAX 0.10 lowers to another backend.
         params = pltriton.CompilerParams(num_warps=self.tile.warps, num_stages=self.tile.stages)
 

@@ -135,6 +135,20 @@ def shared_limit(capability: str) -> int:
     return SHARED_KIB.get(capability, LEAST_SHARED_KIB) * 2**10
 
 
+def why_no_room(query: Any, kv_heads: int, value_size: int) -> str | None:
+    """Why programs that hold all heads of a query do not fit on the default device; None if they do."""
+    device = default_device()
+    limit = shared_limit(str(getattr(device, "compute_capability", "none")))
+    found, dtype, size = tiles_for(query, kv_heads, value_size), str(query.dtype), query.shape[3]
+    most = max(shared_bytes(kernel, getattr(found, kernel), dtype, size, value_size) for kernel in WHOLE_GROUPS)
+    if most <= limit:
+        return None
+    return (
+        f"{query.shape[2] // kv_heads} {dtype} query heads of {size} and {value_size} for each key/value head take "
+        f"{most // 2**10} KiB of a program's shared memory, and {device.device_kind} has {limit // 2**10}"
+    )
+
+
 def rule(dtype: str, size: int, value_size: int, group: int) -> Tiles:
     """Tiles that fit any supported GPU, the smallest of which lets a program have 99 KiB, before `as_held` makes room for
     all heads of a query: then, too, but for float32 and more than 32 heads of sizes that have more than 300 numbers together.

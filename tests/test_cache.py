@@ -398,7 +398,7 @@ def test_no_room_where_lengths_are_traced(size):
 
     # The tokens that were lost were not written anywhere; nor do later calls hide the loss.
     exact = filled(module, [6, 12, 9], max_length=12)
-    for name in ("selected", "compressed"):
+    for name in ("selected", "compressed", "window", "uncompressed"):
         for one, other in zip(getattr(grown, name), getattr(exact, name), strict=True):
             close(one, other)
     out, _ = step(module, news, grown, jnp.full((BATCH,), 4, jnp.int32))

@@ -234,6 +234,16 @@ def test_save_attention_runs_no_forward_kernel_twice(name: str):
     assert calls(compiled(jax.checkpoint(layer, policy=save_attention), inputs.query)) == once
     assert calls(compiled(jax.checkpoint(layer), inputs.query))["nsa_choice"] > 2  # what is to be avoided
 
+    def scanned(layer):
+        # As the model's layers are.
+        return lambda x: jax.lax.scan(lambda x, _: (layer(x), None), x, length=3)[0]
+
+    more = dict(prevent_cse=False)
+    once = calls(compiled(scanned(layer), inputs.query))
+    assert calls(compiled(scanned(jax.checkpoint(layer, policy=save_attention, **more)), inputs.query)) == once
+    again = calls(compiled(scanned(jax.checkpoint(layer, **more)), inputs.query))
+    assert all(again[kernel] > once[kernel] > 0 for kernel in FORWARD)
+
 
 def test_none_is_pallas():
     case, inputs = CASES["plain"], make_inputs(CASES["plain"])

@@ -9,6 +9,7 @@ import functools
 import importlib
 import itertools
 import json
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,10 @@ from jax import lax
 from jax.ad_checkpoint import print_saved_residuals
 
 import pallas_kernels
-from nsa_jax import NSAConfig, nsa_attention, reference, save_attention
+from nsa_jax import NSAConfig, nsa_attention, ops, reference, save_attention
 from nsa_jax.ops import Implementation
 from nsa_jax.testing import CASES, SMALL, Case, Inputs, assert_as_accurate, assert_best_blocks, make_inputs
-from pallas_kernels import block_selection, flash, inverse_lists, range_attention, tiles
+from pallas_kernels import block_selection, flash, inverse_lists, range_attention, support, tiles
 from pallas_kernels.block_selection import outside_units, select
 from pallas_kernels.flash import Ranges, Tile, head_parts, over_tiles
 from pallas_kernels.inverse_lists import Lists, cut, invert
@@ -660,6 +661,30 @@ def test_tiles_of_any_gpu_fit_in_shared_memory(dtype, sizes, group):
     if dtype == "float32" and group == 64 and sizes in ((192, 128), (256, 256)):
         known = {"selected_forward", "selected_dq", "selected_dkv"} | ({"scores"} if sizes == (256, 256) else set())
     assert exceeding == known
+
+
+@pytest.mark.parametrize(
+    ("implementation", "outcome"), [("pallas", "raises"), (None, "xla"), ("pallas_interpret", "runs")]
+)
+def test_what_does_not_fit_in_shared_memory_is_refused(implementation, outcome, monkeypatch):
+    """Of 99 KiB, 64 float32 heads of 256 and as many keys; never a failure of a compiler."""
+    device = types.SimpleNamespace(device_kind="A Card", compute_capability="8.6", platform="gpu")
+    for module in (pallas_kernels, tiles, support):
+        monkeypatch.setattr(module, "default_device", lambda: device)
+    case = Case(SMALL, queries=20, keys=20, heads=64, kv_heads=1, head_dim=256, value_head_dim=256)
+    inputs = make_inputs(case)
+    run = functools.partial(nsa_attention, **inputs.keywords(), config=case.config, implementation=implementation)
+    reason = "64 float32 query heads of 256 and 256 for each key/value head take .* and A Card has 99"
+    ops._warn_once.cache_clear()
+    if outcome == "raises":
+        with pytest.raises(NotImplementedError, match=reason):
+            run(inputs.query)
+    elif outcome == "xla":
+        with pytest.warns(UserWarning, match=reason):
+            program = str(jax.make_jaxpr(run)(inputs.query))
+        assert "pallas_call" not in program
+    else:
+        assert "pallas_call" in str(jax.make_jaxpr(run)(inputs.query))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

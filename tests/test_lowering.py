@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import importlib
+import json
 import subprocess
 import sys
 import types
@@ -17,7 +17,7 @@ import pytest
 import pallas_kernels
 from nsa_jax import NSAConfig
 from nsa_jax.testing import CASES, Case, input_shapes
-from pallas_kernels import flash
+from pallas_kernels import flash, tiles
 
 # Tests alone may look inside of jax.
 from jax._src import mesh as mesh_lib  # isort: skip
@@ -115,6 +115,25 @@ def assert_is_in_kernels(program: str, case: Case) -> None:
     assert program.count(TARGET) >= len(kernels)
 
 
+TUNED = [entry for entry in json.loads(tiles.TABLE.read_text()) if entry["device"] == GPU]
+
+
+@pytest.mark.parametrize("entry", TUNED, ids=lambda entry: "{head_dim}-{value_head_dim}-{group}".format(**entry))
+def test_tuned_tiles_are_lowered(entry, monkeypatch):
+    """As on the GPU that they are for; elsewhere here the rule's are."""
+    device = types.SimpleNamespace(device_kind=GPU, compute_capability=entry["compute_capability"], platform="gpu")
+    monkeypatch.setattr(tiles, "default_device", lambda: device)
+    sizes = {name: entry[name] for name in ("head_dim", "value_head_dim")}
+    case = Case(NSAConfig(), queries=70, keys=200, heads=entry["group"], kv_heads=1, query_start=130, **sizes)
+    query = input_shapes(case, dtype=entry["dtype"]).query
+    found = tiles.tiles_for(query, 1, case.value_head_dim)
+    assert all(
+        getattr(found, kernel) == tuple(tile) for kernel, tile in entry["tiles"].items() if "decode" not in kernel
+    )
+    assert tiles.why_no_room(query, 1, case.value_head_dim) is None
+    assert_is_in_kernels(lowered(case, entry["dtype"]), case)
+
+
 # Each takes another way through the lowering: none, or odd, or several of something.
 IN_FLOAT32 = (
     *("one_token", "shorter_than_compress_block", "odd_length", "window_start", "segments_and_start"),
@@ -196,7 +215,7 @@ def test_users_hear_nothing_of_the_deprecated_backend(flags):
 def test_only_that_warning_is_ignored():
     with warnings.catch_warnings(record=True) as caught:
         warnings.resetwarnings()
-        importlib.reload(pallas_kernels)
+        lowered(CASES["one_token"], "float32")
         warnings.warn("The Pallas Triton backend is deprecated and will be removed.", DeprecationWarning, stacklevel=1)
         warnings.warn("The Pallas backend is deprecated.", DeprecationWarning, stacklevel=1)
     assert len(caught) == 1

@@ -391,7 +391,8 @@ def main(argv: Sequence[str]) -> int:
             lines = [f"usage: {PROG} eval TASK ...", ""]
             lines += [f"  {task:<10} {COMMANDS[f'eval {task}'][0]}" for task in tasks]
             if args and not asked:
-                lines = [f"error: there is no task {args[0]!r}", "", *lines]
+                elsewhere = f": `{PROG} {args[0]}` is a command of its own" if args[0] in COMMANDS else ""
+                lines = [f"error: there is no task {args[0]!r}{elsewhere}", "", *lines]
             print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
             return 0 if asked else 2
         name, args = f"eval {args[0]}", args[1:]
