@@ -35,7 +35,8 @@ def draw_attention(results: Sequence[dict[str, Any]], path: Path, *, title: str)
 
 
 def draw_decode(results: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
-    """Two panels: microseconds of a step of decoding, and how many times faster than cuDNN; a colour for each batch.
+    """Two panels: microseconds of a step of decoding (of attention, and of a model where that was timed), and how many times
+    faster than cuDNN attention is; a colour for each batch.
 
     Args:
         results: rows of the record of `benchmarks.decode`; what failed or was skipped leaves a gap.
@@ -50,6 +51,9 @@ def draw_decode(results: Sequence[dict[str, Any]], path: Path, *, title: str) ->
         for which, label, dashes in (("full", "cuDNN", DASHES["alike"]), ("nsa", "NSA", DASHES["random"])):
             microseconds = [(row["length"], _scaled(row[which].get("ms"), 1e3)) for row in rows]
             _plot(times, microseconds, "forward", color=color, linestyle=dashes, label=f"{label}, {name}")
+        model = [(row["length"], _scaled(row.get("model", {}).get("ms"), 1e3)) for row in rows]
+        if any(microseconds is not None for _, microseconds in model):
+            _plot(times, model, "both", color=color, linestyle="dotted", label=f"whole model with NSA, {name}")
         _plot(ratios, [(row["length"], row.get("ratio")) for row in rows], "forward", color=color)
     times.set_yscale("log")
     times.set_ylabel("time of a step (µs, log scale)", fontsize=10, color=INK)
