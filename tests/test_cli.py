@@ -233,7 +233,6 @@ def test_unknown_command_preset_and_task(call):
         ("run",): ("usage: python -m train run PRESET", "tiny", "small", "base"),
         ("run", "tinny"): ("there is no preset 'tinny', choose from", "tiny", "small", "base"),
         ("eval",): ("usage: python -m train eval TASK", "loss", "niah", "mqar"),
-        ("eval", "inspect"): ("`python -m train inspect` is a command of its own",),
         ("eval", "los"): ("there is no task 'los'", "loss", "niah", "mqar"),
         ("eval", "loss"): ("--run", "(required)"),
         ("eval", "loss", "--run"): ("--run names no folder",),

@@ -362,6 +362,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "eval loss": ("loss of trained runs on held-out text, overall and by position", _cli(eval_loss, "eval loss")),
     "eval niah": ("needles in a haystack, by depth and length", _cli(eval_niah, "eval niah")),
     "eval mqar": ("multi-query associative recall", _cli(eval_mqar, "eval mqar")),
+    "eval inspect": ("the same as inspect", _cli(inspect, "eval inspect")),
     "generate": ("continue prompts with a trained run", _cli(generate, "generate")),
     "inspect": ("show what a trained run reads: selected blocks, gates, overlap, coverage", _cli(inspect, "inspect")),
 }
@@ -369,7 +370,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 
 def _usage() -> str:
     lines = [f"usage: {PROG} COMMAND ...", ""]
-    lines += [f"  {name:<10} {description}" for name, (description, _) in COMMANDS.items()]
+    lines += [f"  {name:<12} {description}" for name, (description, _) in COMMANDS.items()]
     lines += [
         "",
         f"presets of run: {', '.join(PRESETS)}",
@@ -391,8 +392,7 @@ def main(argv: Sequence[str]) -> int:
             lines = [f"usage: {PROG} eval TASK ...", ""]
             lines += [f"  {task:<10} {COMMANDS[f'eval {task}'][0]}" for task in tasks]
             if args and not asked:
-                elsewhere = f": `{PROG} {args[0]}` is a command of its own" if args[0] in COMMANDS else ""
-                lines = [f"error: there is no task {args[0]!r}{elsewhere}", "", *lines]
+                lines = [f"error: there is no task {args[0]!r}", "", *lines]
             print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
             return 0 if asked else 2
         name, args = f"eval {args[0]}", args[1:]
