@@ -235,6 +235,7 @@ def tune(
     from benchmarks.timing import compile_all, shortened, unfailed
     from benchmarks.tune import disagreement, format_table, merged
     from pallas_kernels.flash import Tile
+    from pallas_kernels.support import capability_of
     from pallas_kernels.tiles import TABLE, tiles_for
 
     shape = shapes[0]
@@ -284,7 +285,7 @@ def tune(
     commit, dirty = git_state()
     entry = {
         "device": device.device_kind,
-        "compute_capability": str(getattr(device, "compute_capability", "none")),
+        "compute_capability": capability_of(device),
         "dtype": shape.dtype,
         "head_dim": shape.head_dim,
         "value_head_dim": shape.value_head_dim,

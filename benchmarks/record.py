@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from benchmarks.command import NoGPU
+from pallas_kernels.support import capability_of
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "torch")
@@ -41,7 +42,7 @@ def new_record(device: jax.Device, program: str, arguments: Sequence[str]) -> di
         "device": {
             "kind": device.device_kind,
             "platform": device.platform,
-            "compute_capability": str(getattr(device, "compute_capability", "none")),
+            "compute_capability": capability_of(device),
         },
         "python": sys.version.split()[0],
         "packages": {name: found for name in PACKAGES if (found := _installed(name)) is not None},

@@ -104,6 +104,7 @@ def run(options: Options) -> None:
     """
     from benchmarks.problems import Shape
     from benchmarks.record import git_state, gpu, table
+    from pallas_kernels.support import capability_of
     from pallas_kernels.tiles import TABLE
 
     if unknown := sorted(set(options.kernels) - CANDIDATES.keys()):
@@ -125,7 +126,7 @@ def run(options: Options) -> None:
         print(table(["kernel", "best tile", "ms", "runner-up", "ms", "tried"], body), flush=True)
         entry = {
             "device": device.device_kind,
-            "compute_capability": str(getattr(device, "compute_capability", "none")),
+            "compute_capability": capability_of(device),
             "dtype": shape.dtype,
             "head_dim": shape.head_dim,
             "value_head_dim": shape.value_head_dim,
@@ -151,12 +152,13 @@ def tune(
     from benchmarks.timing import compile_all, compile_program, shortened, unfailed
     from nsa_jax import NSAConfig
     from pallas_kernels.flash import Tile
+    from pallas_kernels.support import capability_of
     from pallas_kernels.tiles import tiles_for
 
     config = NSAConfig()
     operands, cotangent = draw(1, shape=shape, length=length, config=config, kind=kind)
     current = tiles_for(operands.query, shape.kv_heads, shape.value_head_dim)
-    capability = str(getattr(jax.devices()[0], "compute_capability", "none"))
+    capability = capability_of(jax.devices()[0])
     safe, tiles = to_time(shape, config=config, current=current, capability=capability)
     prepare = jax.jit(lambda *arrays: kernels.prepare(*arrays, config=config, tiles=safe))
     prepared = jax.block_until_ready(prepare(operands, cotangent))

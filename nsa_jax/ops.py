@@ -178,6 +178,7 @@ def nsa_attention(
         blocks = _canonical_blocks(blocks, config=config, num_keys=num_keys, **where)
     chosen = _implementation(
         implementation,
+        "attend",
         query,
         kv_heads=selected.key.shape[2],
         config=config,
@@ -255,6 +256,7 @@ def select_blocks(
     scale = _scale(scale, query)
     chosen = _implementation(
         implementation,
+        "select_blocks",
         query,
         kv_heads=compressed_key.shape[2],
         config=config,
@@ -315,6 +317,7 @@ def decode_step(
     scale = _scale(scale, query)
     chosen = _implementation(
         implementation,
+        "decode_step",
         query,
         kv_heads=selected.key.shape[2],
         config=config,
@@ -332,6 +335,7 @@ def _scale(scale: float | None, query: Query) -> float:
 
 def _implementation(
     name: str | None,
+    function: Literal["attend", "select_blocks", "decode_step"],
     query: Query,
     *,
     kv_heads: int,
@@ -341,7 +345,12 @@ def _implementation(
     value_size: int,
     scale: float,
 ) -> Implementation:
-    """The named implementation, or the best for this device and problem; NotImplementedError if the named one cannot."""
+    """The named implementation, or the best for this device and problem; NotImplementedError if the named one cannot.
+
+    Args:
+        name: of `IMPLEMENTATIONS`, or None.
+        function: which of its functions will be called.
+    """
     if name is not None and name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r} is unknown: choose from {[*IMPLEMENTATIONS]} or None")
     if name == "xla" or (name is None and pallas_kernels.default_device().platform != "gpu"):
@@ -349,7 +358,8 @@ def _implementation(
     sizes = dict(num_slots=num_slots, num_keys=num_keys, value_size=value_size)
     reason = pallas_kernels.why_not(query, kv_heads=kv_heads, config=config, scale=scale, **sizes)
     if name != "pallas_interpret":
-        reason = pallas_kernels.why_not_here() or reason or pallas_kernels.why_no_room(query, kv_heads, value_size)
+        reason = pallas_kernels.why_not_here() or reason
+        reason = reason or pallas_kernels.why_no_room(function, query, kv_heads, value_size)
     if reason is None:
         return IMPLEMENTATIONS[name or "pallas"]
     if name is None:

@@ -22,12 +22,17 @@ def default_device() -> Any:
     return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
 
 
+def capability_of(device: Any) -> str:
+    """Its compute capability, as "9.0"; "none" of what is no NVIDIA GPU."""
+    return str(getattr(device, "compute_capability", "none"))
+
+
 def why_not_here() -> str | None:
     """Why the kernels cannot run on the default device; None if they can."""
     device = default_device()
     if device.platform != "gpu":
         return f"the kernels run on NVIDIA GPUs, and this device is {device.device_kind} ({device.platform})"
-    capability = str(getattr(device, "compute_capability", ""))
+    capability = capability_of(device)
     try:
         enough = float(capability) >= MIN_CAPABILITY
     except ValueError:
@@ -36,7 +41,7 @@ def why_not_here() -> str | None:
         return None
     return (
         f"the kernels need an NVIDIA GPU of compute capability {MIN_CAPABILITY} or more, "
-        f"and {device.device_kind} has {capability or 'none'}"
+        f"and {device.device_kind} has {capability}"
     )
 
 

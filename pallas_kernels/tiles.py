@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import flash
 from pallas_kernels.block_selection import PACKED
 from pallas_kernels.flash import Tile, head_parts
-from pallas_kernels.support import default_device
+from pallas_kernels.support import capability_of, default_device
 
 # Two queries of the paper's groups: their union costs nothing where choices differ, and saves where they are alike.
 SELECTED_ROWS = 32
@@ -29,6 +29,8 @@ DECODE_SELECTED_PROGRAMS = 192
 BLOCK = 64
 # Their programs hold all heads of a query, however few rows they are given; `selected_dkv` in each tile that passes.
 WHOLE_GROUPS = ("scores", "selected_forward", "selected_dq", "selected_dkv")
+# Those of them that each of this package's functions runs.
+OF_FUNCTION = {"attend": WHOLE_GROUPS, "select_blocks": ("scores",), "decode_step": ()}
 # KiB of shared memory that a program may have, by compute capability; on any other supported GPU as many as on the smallest.
 SHARED_KIB = {"8.0": 163, "9.0": 227, "10.0": 227}
 LEAST_SHARED_KIB = 99
@@ -64,8 +66,7 @@ def tiles_for(query: Any, kv_heads: int, value_size: int) -> Tiles:
     """The table's tiles for the default device, or the rule's."""
     num_heads, size = query.shape[2:]
     device = default_device()
-    capability = str(getattr(device, "compute_capability", "none"))
-    return _lookup(device.device_kind, capability, str(query.dtype), size, value_size, num_heads // kv_heads)
+    return _lookup(device.device_kind, capability_of(device), str(query.dtype), size, value_size, num_heads // kv_heads)
 
 
 @functools.cache
@@ -135,12 +136,17 @@ def shared_limit(capability: str) -> int:
     return SHARED_KIB.get(capability, LEAST_SHARED_KIB) * 2**10
 
 
-def why_no_room(query: Any, kv_heads: int, value_size: int) -> str | None:
-    """Why programs that hold all heads of a query do not fit on the default device; None if they do."""
+def why_no_room(function: str, query: Any, kv_heads: int, value_size: int) -> str | None:
+    """Why programs that hold all heads of a query do not fit on the default device; None if they do.
+
+    Args:
+        function: of `OF_FUNCTION`.
+    """
     device = default_device()
-    limit = shared_limit(str(getattr(device, "compute_capability", "none")))
+    limit = shared_limit(capability_of(device))
     found, dtype, size = tiles_for(query, kv_heads, value_size), str(query.dtype), query.shape[3]
-    most = max(shared_bytes(kernel, getattr(found, kernel), dtype, size, value_size) for kernel in WHOLE_GROUPS)
+    held = [shared_bytes(name, getattr(found, name), dtype, size, value_size) for name in OF_FUNCTION[function]]
+    most = max(held, default=0)
     if most <= limit:
         return None
     return (

@@ -148,8 +148,9 @@ def test_a_model_is_timed_beside(as_on_a_gpu, monkeypatch, tmp_path: Path, capsy
     of_base = dataclasses.replace(PRESETS["base"][1], model=ONE_LAYER)
     monkeypatch.setitem(PRESETS, "base", (PRESETS["base"][0], of_base))
     path = tmp_path / "record.json"
-    arguments = [*SIZES, "--lengths", "16", "96", "--batches", "2"]
-    assert decode.main([*arguments, "--json", str(path), "--plot", str(tmp_path / "figure.png")]) == 0
+    arguments, picture = [*SIZES, "--lengths", "16", "96", "--batches", "2"], tmp_path / "figure.svg"
+    assert decode.main([*arguments, "--json", str(path), "--plot", str(picture)]) == 0
+    assert "whole model with NSA, 2 sequences" in picture.read_text()
     short, row = json.loads(path.read_text())["results"]
     assert row["errors_of_sequences"] == [0.0, 0.0]
     model = row["model"]

@@ -685,6 +685,14 @@ def test_what_does_not_fit_in_shared_memory_is_refused(implementation, outcome, 
         assert "pallas_call" not in program
     else:
         assert "pallas_call" in str(jax.make_jaxpr(run)(inputs.query))
+    # The choice holds queries and keys alone, which fit at 192; a step of decoding holds fewer of them.
+    for function, size, fits in (
+        ("select_blocks", 256, False),
+        ("select_blocks", 192, True),
+        ("decode_step", 256, True),
+    ):
+        query = jax.ShapeDtypeStruct((1, 20, 64, size), jnp.float32)
+        assert (tiles.why_no_room(function, query, 1, size) is None) == fits
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -130,7 +130,7 @@ def test_tuned_tiles_are_lowered(entry, monkeypatch):
     assert all(
         getattr(found, kernel) == tuple(tile) for kernel, tile in entry["tiles"].items() if "decode" not in kernel
     )
-    assert tiles.why_no_room(query, 1, case.value_head_dim) is None
+    assert tiles.why_no_room("attend", query, 1, case.value_head_dim) is None
     assert_is_in_kernels(lowered(case, entry["dtype"]), case)
 
 
