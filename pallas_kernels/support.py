@@ -24,7 +24,7 @@ def default_device() -> Any:
 
 def capability_of(device: Any) -> str:
     """Its compute capability, as "9.0"; "none" of what is no NVIDIA GPU."""
-    return str(getattr(device, "compute_capability", "none"))
+    return str(getattr(device, "compute_capability", "") or "none")
 
 
 def why_not_here() -> str | None:
