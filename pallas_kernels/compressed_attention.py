@@ -10,9 +10,10 @@ from pallas_kernels import range_attention
 from pallas_kernels.flash import Launch, Ranges
 from pallas_kernels.range_attention import Grouped, QuerySide, RowValues
 
-# Few keys are read by very many queries: a tile of keys is shared by as many programs as fill a large GPU a few times.
-PROGRAMS = 2048
-MAX_SLICES = 32
+# Few keys are read by very many queries: a tile of keys is shared by as many programs as fill a large GPU many times, of
+# which those of slices before the tile have nothing to do.
+PROGRAMS = 4096
+MAX_SLICES = 64
 
 
 def compressed_forward(

@@ -7,9 +7,9 @@ row's `low` and its first row's `high`. Positions, packing and visibility are al
 
 Forward and dq: a program holds a tile of rows and passes over tiles of keys; grid (tile of rows, key/value head, sequence),
 the longest rows first. dq is formed of several branches at once, since they have the same rows. dk and dv: a program holds
-a tile of keys and passes over the rows that read it; grid (tile of keys and slice of its rows, key/value head, sequence);
-slices are summed in their order. Products in dk and dv are formed transposed, `[keys, rows]`, which is how the tensor cores
-want them next.
+a tile of keys and passes over the rows of a slice of the sequence that read it; grid (slice and tile of keys, key/value head,
+sequence), so that programs side by side read the same rows, from the L2 cache; slices are summed in their order. Products in
+dk and dv are formed transposed, `[keys, rows]`, which is how the tensor cores want them next.
 """
 
 import functools
@@ -206,7 +206,7 @@ def key_value_gradients(
 
     def out_spec(array: jax.ShapeDtypeStruct) -> pl.BlockSpec:
         shape = (None, None, length, None, array.shape[-1])
-        return pl.BlockSpec(shape, lambda tile, head, sequence: (tile % slices, sequence, 0, head, 0))
+        return pl.BlockSpec(shape, lambda tile, head, sequence: (tile // num_tiles, sequence, 0, head, 0))
 
     dk, dv = launch(
         kernel,
@@ -244,7 +244,9 @@ def _dkv_kernel(
     q_ref, dout_ref, gate_ref, lse_ref, delta_ref, k_ref, v_ref, dk_ref, dv_ref = refs
     q_parts, v_parts = flash.head_parts(q_ref.shape[-1]), flash.head_parts(v_ref.shape[-1])
     length, group = k_ref.shape[0], q_ref.shape[1]
-    key_tile, part = flash.divide(pl.program_id(0), slices)
+    # The last rows are read by the most keys: their slice first.
+    before, key_tile = flash.divide(pl.program_id(0), readers_ref.shape[0])
+    part = slices - 1 - before
     key_index = key_tile * tile.keys + lax.iota(jnp.int32, tile.keys)
     exists = key_index < length
     # First row that reads any key of the tile, that reads all; the ends of both.
@@ -275,8 +277,11 @@ def _dkv_kernel(
         return dk, dv
 
     count = flash.ceil_div(jnp.maximum(end - begin, 0), tile.rows)
-    share = flash.ceil_div(count, slices)
-    first, last = part * share, jnp.minimum((part + 1) * share, count)
+    # The rows of a slice are the same for all tiles of keys.
+    span = -(-q_ref.shape[0] * group // slices)
+    first, last = (
+        jnp.minimum(flash.ceil_div(jnp.maximum(edge * span - begin, 0), tile.rows), count) for edge in (part, part + 1)
+    )
     sums = tuple(
         tuple(jnp.zeros((tile.keys, part.width), jnp.float32) for part in parts) for parts in (q_parts, v_parts)
     )

@@ -200,13 +200,12 @@ class TrainConfig:
             known = typing.get_args(NeedleTask)
             if not data.needles or not set(data.needles) <= set(known):
                 raise ValueError(f"needles={data.needles} must be one or more of {', '.join(known)}")
-            return
-        if not data.pairs:
+        elif not data.pairs:
             raise ValueError("pairs=() must have one number or more, as in --pairs 4 8")
-        # Else a key that two examples give different values has two right answers.
+        # Else what two examples give different values has two right answers.
         if data.packing == "running" and min(data.task_lengths, default=self.context) * 2 <= self.context:
             raise ValueError(
-                f"task='mqar' with task_lengths={data.task_lengths} puts several examples in context={self.context}, "
+                f"task={data.task!r} with task_lengths={data.task_lengths} puts several examples in context={self.context}, "
                 "and they must not see each other: packing must be 'documents'"
             )
 
@@ -338,6 +337,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             prompt="She had been ",
             data=DataConfig(
                 tokenizer="bpe:512",
+                packing="documents",
                 task="niah",
                 task_share=0.75,
                 task_lengths=(192, 256, 512),
