@@ -1,6 +1,7 @@
 """Sizes at which the kernels take another way: long blocks, short lists, many heads, nothing to read."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import pallas_kernels
 from nsa_jax import NSAConfig, nsa_attention
 from nsa_jax.testing import SMALL, Case, assert_as_accurate, input_shapes, make_inputs
 from pallas_kernels import inverse_lists, selected_by_block, tiles
+from pallas_kernels.flash import Launch, Ranges, Tile
 from pallas_kernels.positions import BlockRanges
+from pallas_kernels.range_attention import QuerySide
 from pallas_kernels.selected_attention import free_blocks, queries_per_tile, unions
 from pallas_kernels.selected_by_block import goes_by_block
 from tests.programs import QUICK, equations
@@ -82,6 +85,39 @@ def test_a_block_that_one_program_cannot_hold():
     case = dataclasses.replace(TINY, config=NSAConfig(16, 16, 32, 2, 0, 1, 16), queries=50, keys=50)
     assert not goes_by_block(narrow, case.config)
     assert_same(case, make_inputs(case), kernels(case, tiles=narrow), public(case, "xla"))
+
+
+def test_rows_known_ahead_are_the_same_rows(monkeypatch):
+    """dk and dv have the same bits with three tiles under way; here pieces end within a tile, and documents within a block."""
+    monkeypatch.setattr(inverse_lists, "PIECE", 20)
+    over_tiles, ahead, length = selected_by_block._Piece.over_tiles, [], 50
+
+    def watched(*arguments, **options):
+        ahead.append(options["ahead"])
+        return over_tiles(*arguments, **options)
+
+    monkeypatch.setattr(selected_by_block._Piece, "over_tiles", watched)
+    random = np.random.default_rng(2)
+    query, dout = random.normal(size=(2, 1, length, 1, 2, 8)).astype(np.float32)
+    gate, lse, delta = random.normal(size=(3, 1, length, 1, 2)).astype(np.float32)
+    key, value = random.normal(size=(2, 1, length, 1, 8)).astype(np.float32)
+    token = np.arange(length, dtype=np.int32)
+    tokens = Ranges(np.where(token < 23, 0, 23)[None].astype(np.int32), token[None] + 1)
+    own = token // 16
+    blocks = np.stack([np.where(own > 0, 0, -1), own], axis=-1)
+    blocks = np.where(blocks[:, :1] < 0, blocks[:, ::-1], blocks)[None, :, None].astype(np.int32)
+
+    def gradients(stages: int):
+        launches = dict(launch=Launch(Tile(16, 16, 4, stages), True), sum_launch=Launch(Tile(16, 0, 4, 1), True))
+        more = dict(config=NSAConfig(16, 16, 16, 2, 0, 1, 16), scale=0.3, holes=True, **launches)
+        function = functools.partial(selected_by_block.selected_gradients_by_block, added=None, **more)
+        return jax.jit(function)(QuerySide(query, dout, gate, lse, delta), key, value, blocks, tokens)
+
+    two, three = gradients(2), gradients(3)
+    assert ahead == [False, True]
+    for one, other in ((two.dk, three.dk), (two.dv, three.dv)):
+        assert np.all(np.any(np.asarray(one) != 0, axis=-1))
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_queries_past_the_last_key_have_finite_gradients():

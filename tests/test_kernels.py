@@ -70,6 +70,9 @@ def kernels_of(*, by_block: bool, selected_rows: int = 16) -> Implementation:
         for name, tile in vars(rule).items()
         if name[:8] == "selected"
     }
+    if not by_block:
+        # Then dk and dv learn ahead which rows come next.
+        selected["selected_dkv"] = selected["selected_dkv"]._replace(stages=3)
     options = dict(tiles=dataclasses.replace(rule, **(selected | small), by_block=by_block), interpret=True)
     return Implementation(
         *(functools.partial(getattr(pallas_kernels, name), **options) for name in Implementation._fields)

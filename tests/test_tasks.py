@@ -267,7 +267,7 @@ def make_mixture(folder, *, batch_size=4, context=64, seed=0, **data):
 
 
 MQAR = dict(task="mqar", packing="documents", task_lengths=(16, 32), pairs=(2, 4, 8), task_share=0.4)
-NIAH = dict(task="niah", needles=("single_2", "passkey"), task_lengths=(300, 450))
+NIAH = dict(task="niah", packing="documents", needles=("single_2", "passkey"), task_lengths=(300, 450))
 
 
 @pytest.mark.parametrize("data, context", [(MQAR, 64), (NIAH, 640)])
@@ -316,7 +316,7 @@ def test_a_row_of_recall(tmp_path):
 def test_a_row_of_needles_counts_at_the_values(tmp_path):
     mixture, _ = make_mixture(tmp_path, context=640, **(NIAH | dict(task_share=1.0, task_lengths=(320,))))
     batch = mixture.at(0)
-    assert batch.segment_ids is None
+    assert batch.segment_ids.tolist() == [[0] * 320 + [1] * 320] * len(batch.inputs)
     for inputs, targets, weights in zip(*batch[:3], strict=True):
         assert weights.sum() == pytest.approx(640)
         for start in (0, 320):
@@ -348,6 +348,7 @@ def test_the_curriculum_adds_lengths(tmp_path):
         (dict(pairs=()), "pairs=\\(\\) must have one number"),
         (dict(pairs=(5, 8)), "length=16 must be at least 4 \\* pairs=5"),
         (dict(pairs=(2, 9)), "length=32 must be at least 4 \\* pairs=9"),
+        (dict(task="niah", packing="running"), "task='niah' with .* must not see each other"),
         (dict(task="niah", needles=()), "needles=\\(\\) must be one or more of passkey, "),
         (dict(task="niah"), "length=16 is too short for 'single_2'"),
     ],
@@ -358,7 +359,8 @@ def test_a_mixture_that_does_not_fit_is_refused(tmp_path, data, message):
 
 
 def test_a_mixture_survives_json():
-    config = make_config("text.txt", model=MODEL, data=DataConfig(text="text.txt", task="niah", task_lengths=(16, 32)))
+    data = DataConfig(text="text.txt", task="niah", packing="documents", task_lengths=(16, 32))
+    config = make_config("text.txt", model=MODEL, data=data)
     import json
 
     assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
