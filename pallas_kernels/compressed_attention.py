@@ -46,8 +46,10 @@ def compressed_key_value_gradients(
 ) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K V"]]:
     """dk and dv of the compressed branch."""
     batch, num_compressed, kv_heads, _ = key.shape
+    _, length, _, group, _ = rows.query.shape
     programs = batch * kv_heads * -(-num_compressed // launch.tile.keys)
-    slices = max(1, min(MAX_SLICES, PROGRAMS // max(1, programs)))
+    tiles_of_rows = -(-length * group // launch.tile.rows)
+    slices = max(1, min(MAX_SLICES, PROGRAMS // max(1, programs), tiles_of_rows))
     return range_attention.key_value_gradients(
         rows, key, value, ranges, scale=scale, slices=slices, launch=launch, name="nsa_compressed_dkv"
     )

@@ -8,7 +8,7 @@ row's `low` and its first row's `high`. Positions, packing and visibility are al
 Forward and dq: a program holds a tile of rows and passes over tiles of keys; grid (tile of rows, key/value head, sequence),
 the longest rows first. dq is formed of several branches at once, since they have the same rows. dk and dv: a program holds
 a tile of keys and passes over the rows of a slice of the sequence that read it; grid (slice and tile of keys, key/value head,
-sequence), so that programs side by side read the same rows, from the L2 cache; slices are summed in their order. Products in
+sequence), so that programs side by side read the same rows, from the L2 cache; slices are summed in a fixed order. Products in
 dk and dv are formed transposed, `[keys, rows]`, which is how the tensor cores want them next.
 """
 
@@ -286,7 +286,7 @@ def _dkv_kernel(
         tuple(jnp.zeros((tile.keys, part.width), jnp.float32) for part in parts) for parts in (q_parts, v_parts)
     )
     inner, outer = flash.ceil_div(inner - begin, tile.rows), (outer - begin) // tile.rows
-    dk, dv = flash.over_tiles(first, inner, outer, jnp.maximum(first, last), step, sums)
+    dk, dv = flash.over_tiles(first, inner, outer, last, step, sums)
     flash.store_parts(dk_ref, (key_index,), q_parts, dk, exists)
     flash.store_parts(dv_ref, (key_index,), v_parts, dv, exists)
 

@@ -253,7 +253,7 @@ def _dkv_kernel(*refs: Any, tile: Tile, scale: float, config: Config, holes: boo
     sums = tuple(
         tuple(jnp.zeros((piece.held, part.width), jnp.float32) for part in parts) for parts in (q_parts, v_parts)
     )
-    # Which takes registers: a seventh less time with three tiles under way, and more time with two.
+    # To know rows ahead takes registers: on an H100 it saves 4 to 14% with three tiles under way, and costs 5% with two.
     dk, dv = piece.over_tiles(step, sums, holes=holes, ahead=tile.stages > 2 and not with_dq)
     out, inside = (
         (jnp.full_like(piece.in_block, pl.program_id(0)), piece.in_block),

@@ -11,10 +11,10 @@ import pytest
 import pallas_kernels
 from nsa_jax import NSAConfig, nsa_attention
 from nsa_jax.testing import SMALL, Case, assert_as_accurate, input_shapes, make_inputs
-from pallas_kernels import inverse_lists, selected_by_block, tiles
+from pallas_kernels import flash, inverse_lists, selected_by_block, tiles
 from pallas_kernels.flash import Launch, Ranges, Tile
 from pallas_kernels.positions import BlockRanges
-from pallas_kernels.range_attention import QuerySide
+from pallas_kernels.range_attention import QuerySide, key_value_gradients
 from pallas_kernels.selected_attention import free_blocks, queries_per_tile, unions
 from pallas_kernels.selected_by_block import goes_by_block
 from tests.programs import QUICK, equations
@@ -87,37 +87,71 @@ def test_a_block_that_one_program_cannot_hold():
     assert_same(case, make_inputs(case), kernels(case, tiles=narrow), public(case, "xla"))
 
 
-def test_rows_known_ahead_are_the_same_rows(monkeypatch):
-    """dk and dv have the same bits with three tiles under way; here pieces end within a tile, and documents within a block."""
-    monkeypatch.setattr(inverse_lists, "PIECE", 20)
-    over_tiles, ahead, length = selected_by_block._Piece.over_tiles, [], 50
+def draw_rows(group: int, *, num_keys: int, length: int = 50) -> tuple[QuerySide, np.ndarray, np.ndarray]:
+    """What dk and dv are made of, one key/value head; and keys and values."""
+    random = np.random.default_rng(2)
+    query, dout = random.normal(size=(2, 1, length, 1, group, 8)).astype(np.float32)
+    gate, lse, delta = random.normal(size=(3, 1, length, 1, group)).astype(np.float32)
+    key, value = random.normal(size=(2, 1, num_keys, 1, 8)).astype(np.float32)
+    return QuerySide(query, dout, gate, lse, delta), key, value
+
+
+def assert_gradients(found, rows: QuerySide, key, value, visible) -> None:
+    """dk and dv by their equations (`flash`), in float64, with scale 0.3; `visible` `[T, S]`."""
+    query, dout, gate, lse, delta, key, value = (np.asarray(x, np.float64)[0] for x in (*rows, key, value))
+    key, value = key[:, 0], value[:, 0]
+    weights = 2 ** (0.3 * flash.LOG2E * query @ key.T - lse[..., None]) * gate[..., None] * visible[:, None, None]
+    dscores = 0.3 * weights * (dout @ value.T - delta[..., None])
+    for got, want in zip(found, (dscores, weights), strict=True):
+        wanted = np.einsum("tkgs,tkgd->sd", want, query if want is dscores else dout)
+        np.testing.assert_allclose(np.asarray(got)[0, :, 0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("group", "select_block", "documents"), [(2, 16, True), (3, 16, False), (1, 32, False)])
+def test_rows_known_ahead_are_the_same_rows(group, select_block, documents, monkeypatch):
+    """dk and dv have the same bits with three tiles under way.
+
+    Pieces end within a tile, documents within a block, and a block of 32 is held in two parts.
+    """
+    monkeypatch.setattr(inverse_lists, "PIECE", 36 if select_block == 32 else 20)
+    over_tiles, ahead = selected_by_block._Piece.over_tiles, []
 
     def watched(*arguments, **options):
         ahead.append(options["ahead"])
         return over_tiles(*arguments, **options)
 
     monkeypatch.setattr(selected_by_block._Piece, "over_tiles", watched)
-    random = np.random.default_rng(2)
-    query, dout = random.normal(size=(2, 1, length, 1, 2, 8)).astype(np.float32)
-    gate, lse, delta = random.normal(size=(3, 1, length, 1, 2)).astype(np.float32)
-    key, value = random.normal(size=(2, 1, length, 1, 8)).astype(np.float32)
-    token = np.arange(length, dtype=np.int32)
-    tokens = Ranges(np.where(token < 23, 0, 23)[None].astype(np.int32), token[None] + 1)
-    own = token // 16
-    blocks = np.stack([np.where(own > 0, 0, -1), own], axis=-1)
-    blocks = np.where(blocks[:, :1] < 0, blocks[:, ::-1], blocks)[None, :, None].astype(np.int32)
+    rows, key, value = draw_rows(group, num_keys=50)
+    token = np.arange(50, dtype=np.int32)
+    low, own = np.where(documents & (token >= 23), np.int32(23), np.int32(0)), token // select_block
+    # Each query reads the first block and its own.
+    blocks = np.stack([0 * own, np.where(own > 0, own, -1)], axis=-1)[None, :, None].astype(np.int32)
 
     def gradients(stages: int):
-        launches = dict(launch=Launch(Tile(16, 16, 4, stages), True), sum_launch=Launch(Tile(16, 0, 4, 1), True))
-        more = dict(config=NSAConfig(16, 16, 16, 2, 0, 1, 16), scale=0.3, holes=True, **launches)
+        launches = dict(launch=Launch(Tile(8, 16, 4, stages), True), sum_launch=Launch(Tile(16, 0, 4, 1), True))
+        more = dict(config=NSAConfig(16, 16, select_block, 2, 0, 1, 16), scale=0.3, holes=documents, **launches)
         function = functools.partial(selected_by_block.selected_gradients_by_block, added=None, **more)
-        return jax.jit(function)(QuerySide(query, dout, gate, lse, delta), key, value, blocks, tokens)
+        return jax.jit(function)(rows, key, value, blocks, Ranges(low[None], token[None] + 1))
 
     two, three = gradients(2), gradients(3)
     assert ahead == [False, True]
-    for one, other in ((two.dk, three.dk), (two.dv, three.dv)):
-        assert np.all(np.any(np.asarray(one) != 0, axis=-1))
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    np.testing.assert_array_equal(two.dk, three.dk)
+    np.testing.assert_array_equal(two.dv, three.dv)
+    of_block = token[None] // select_block
+    chosen = (of_block == 0) | (of_block == own[:, None])
+    assert_gradients(three[:2], rows, key, value, chosen & (low[:, None] <= token) & (token <= token[:, None]))
+
+
+@pytest.mark.parametrize("slices", [1, 3, 64])
+def test_slices_of_the_rows_that_read_a_key(slices):
+    """Slices of several tiles, which begin and end within one; a tile of keys may have none of their rows."""
+    rows, key, value = draw_rows(3, num_keys=40)
+    token, index = np.arange(50, dtype=np.int32), np.arange(40)
+    low, high = np.where(token < 31, np.int32(0), np.int32(9)), np.clip(token - 5, 0, 40)
+    more = dict(scale=0.3, slices=slices, launch=Launch(Tile(16, 16, 4, 2), True), name="dkv")
+    function = functools.partial(key_value_gradients, **more)
+    found = jax.jit(function)(rows, key, value, Ranges(low[None], high[None]))
+    assert_gradients(found, rows, key, value, (low[:, None] <= index) & (index < high[:, None]))
 
 
 def test_queries_past_the_last_key_have_finite_gradients():

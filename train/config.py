@@ -80,7 +80,8 @@ class DataConfig:
     task_weight: float = 1.0
     """Weight in the loss of a task sequence, which counts at its answers alone; that of a text sequence is 1."""
     task_lengths: tuple[int, ...] = ()
-    """Tokens of an example, drawn from these; as many as fit share a sequence. The context if not given."""
+    """Tokens of an example, drawn from these; the context if not given. As many as fit share a sequence, with packing
+    "documents" alone."""
     curriculum_steps: int = 0
     """Steps over which the longer task_lengths join the shortest, one by one; 0: all from the start."""
     needles: tuple[NeedleTask, ...] = ("single_2", "multikey_1")
@@ -202,12 +203,6 @@ class TrainConfig:
                 raise ValueError(f"needles={data.needles} must be one or more of {', '.join(known)}")
         elif not data.pairs:
             raise ValueError("pairs=() must have one number or more, as in --pairs 4 8")
-        # Else what two examples give different values has two right answers.
-        if data.packing == "running" and min(data.task_lengths, default=self.context) * 2 <= self.context:
-            raise ValueError(
-                f"task={data.task!r} with task_lengths={data.task_lengths} puts several examples in context={self.context}, "
-                "and they must not see each other: packing must be 'documents'"
-            )
 
 
 MAX_PACKED_DENSE = 8192

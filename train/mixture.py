@@ -26,7 +26,7 @@ class Mixture:
     those of a row weigh `task_weight * context` together, and a text row's targets weigh `context`, so the loss is shared as
     rows are. Otherwise a row with one answer of 7 tokens would vanish beside the 8192 of a text.
 
-    With packing "documents" an example is a document; with "running" a later example of a row sees the earlier ones.
+    With packing "documents" an example is a document; with "running" a row holds no more than one.
 
     Args:
         text: of the run.
@@ -35,13 +35,20 @@ class Mixture:
         config: whose data has a task.
 
     Raises:
-        ValueError: an example does not fit in a length, or the vocabulary does not fit the task.
+        ValueError: an example does not fit in a length, the vocabulary does not fit the task, or examples of a row see each
+            other.
     """
 
     def __init__(self, text: Batches, documents: Sequence[Document], tokenizer: Tokenizer, config: TrainConfig):
         self._text, self._data, self._context = text, config.data, config.context
         self._batch_size, self._seed, self._vocab_size = config.batch_size, config.seed, tokenizer.vocab_size
         self._lengths = task_lengths(config)
+        # Else what two examples give different values has two right answers. (Runs that were trained so can still be opened.)
+        if self._data.packing == "running" and self._lengths[0] * 2 <= config.context:
+            raise ValueError(
+                f"task={self._data.task!r} with task_lengths={self._data.task_lengths} puts several examples in "
+                f"context={config.context}, and they must not see each other: packing must be 'documents'"
+            )
         if self._data.task == "mqar":
             for length in self._lengths:
                 check_recall(length=length, pairs=min(self._data.pairs), vocab_size=self._vocab_size)
