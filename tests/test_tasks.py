@@ -359,7 +359,8 @@ def test_a_mixture_that_does_not_fit_is_refused(tmp_path, data, message):
 
 
 def test_a_mixture_survives_json():
-    data = DataConfig(text="text.txt", task="niah", packing="documents", task_lengths=(16, 32))
+    """One, too, that is refused in training (`running`): checkpoints of such runs can be opened."""
+    data = DataConfig(text="text.txt", task="niah", packing="running", task_lengths=(16, 32))
     config = make_config("text.txt", model=MODEL, data=data)
     import json
 
