@@ -286,7 +286,7 @@ def _dkv_kernel(
         tuple(jnp.zeros((tile.keys, part.width), jnp.float32) for part in parts) for parts in (q_parts, v_parts)
     )
     inner, outer = flash.ceil_div(inner - begin, tile.rows), (outer - begin) // tile.rows
-    dk, dv = flash.over_tiles(first, inner, outer, last, step, sums)
+    dk, dv = flash.over_tiles(first, inner, outer, jnp.maximum(first, last), step, sums)
     flash.store_parts(dk_ref, (key_index,), q_parts, dk, exists)
     flash.store_parts(dv_ref, (key_index,), v_parts, dv, exists)
 

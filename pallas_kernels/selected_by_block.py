@@ -358,16 +358,17 @@ class _Piece:
         )
         return flash.load_parts(ref, where, parts, self.exists)
 
+    def places(self, tile: Any) -> Array:
+        return self.begin + tile * self.per_tile + self.in_list
+
     def live(self, tile: Any, masked: bool) -> Array | None:
         if masked:
-            place = self.begin + tile * self.per_tile + self.in_list
-            return (place < self.end) & (self.in_group < self.group)
+            return (self.places(tile) < self.end) & (self.in_group < self.group)
         return self.in_group < self.group if self.group & (self.group - 1) else None
 
     def tokens(self, tile: Any, masked: bool) -> Array:
         """Of a tile's rows, 0 for those that are not `live`."""
-        place = self.begin + tile * self.per_tile + self.in_list
-        return flash.load_rows(self.list_ref, (place,), self.live(tile, masked))
+        return flash.load_rows(self.list_ref, (self.places(tile),), self.live(tile, masked))
 
     def rows(self, tile: Any, token: Array, masked: bool) -> _PieceRows:
         here, there = jnp.full_like(token, self.sequence), jnp.full_like(token, self.head)

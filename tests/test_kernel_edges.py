@@ -87,11 +87,11 @@ def test_a_block_that_one_program_cannot_hold():
     assert_same(case, make_inputs(case), kernels(case, tiles=narrow), public(case, "xla"))
 
 
-def draw_rows(group: int, *, num_keys: int, length: int = 50) -> tuple[QuerySide, np.ndarray, np.ndarray]:
-    """What dk and dv are made of, one key/value head; and keys and values."""
+def draw_rows(group: int, *, num_keys: int) -> tuple[QuerySide, np.ndarray, np.ndarray]:
+    """What dk and dv are made of, of 50 tokens and one key/value head; and keys and values."""
     random = np.random.default_rng(2)
-    query, dout = random.normal(size=(2, 1, length, 1, group, 8)).astype(np.float32)
-    gate, lse, delta = random.normal(size=(3, 1, length, 1, group)).astype(np.float32)
+    query, dout = random.normal(size=(2, 1, 50, 1, group, 8)).astype(np.float32)
+    gate, lse, delta = random.normal(size=(3, 1, 50, 1, group)).astype(np.float32)
     key, value = random.normal(size=(2, 1, num_keys, 1, 8)).astype(np.float32)
     return QuerySide(query, dout, gate, lse, delta), key, value
 
